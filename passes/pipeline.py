@@ -1,0 +1,226 @@
+"""Reads a pipeline's text, checks it, and runs it pass by pass."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pi05c.graph.check import problems
+from pi05c.graph.edit import Names, remove_dead
+from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.io import Model
+from pi05c.graph.opset import raise_opset
+from pi05c.graph.ranges import Ranges
+from pi05c.graph.sort import sort_graph
+from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip
+
+_ITEM = re.compile(r"(?P<minus>-?)(?P<name>\w+)(?:\{(?P<options>[^{}]*)\})?\Z")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass with the options that were given for it."""
+
+    spec: Pass
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The step as pipeline text."""
+        if not self.options:
+            return self.spec.name
+        return (
+            f"{self.spec.name}{{{','.join(f'{key}={_spell(value)}' for key, value in self.options.items())}}}"
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one pass did.
+
+    Attributes:
+        changes: names of the nodes or tensors that were rewritten.
+        skips: places left alone, with the reason.
+        notes: sentences about the whole graph.
+        seconds: wall-clock time of the pass itself.
+        nodes_before, nodes_after: number of nodes, subgraphs included.
+    """
+
+    step: Step
+    changes: tuple[str, ...]
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+Calibrate = Callable[[Model, Sequence[str]], Ranges | None]
+"""Measures the named tensors of a model; None where no data was given."""
+
+AfterStep = Callable[[Model, StepResult], None]
+"""Called after each pass with the model as it then stands."""
+
+
+def parse(text: str, presets: dict[str, tuple[str, ...]]) -> tuple[Step, ...]:
+    """Resolve `default`, `default,-pin_fp32`, `a,b{option=value}` into steps.
+
+    A preset stands for its passes; `-name` takes a pass out; a name with options that is already in the list
+    gives that one its options; any other name is appended.
+
+    Raises:
+        UsageError: an unknown pass, preset or option, a malformed item, or an order that a pass forbids.
+    """
+    steps: list[Step] = []
+    for item in _items(text):
+        match = _ITEM.match(item)
+        if match is None:
+            raise UsageError(f"{item!r} in --passes is malformed: write name, -name or name{{option=value}}")
+        name, options = match["name"], match["options"]
+        if name in presets and not match["minus"] and options is None:
+            steps.extend(Step(REGISTRY[member]) for member in presets[name])
+            continue
+        if name not in REGISTRY:
+            known = ", ".join([*presets, *REGISTRY])
+            raise UsageError(
+                f"--passes names {name!r}, which is neither a pass nor a preset: known are {known}"
+            )
+        places = [index for index, step in enumerate(steps) if step.spec.name == name]
+        if match["minus"]:
+            if not places:
+                raise UsageError(f"--passes takes out {name!r}, which is not in the list before it")
+            steps = [step for step in steps if step.spec.name != name]
+            continue
+        step = Step(REGISTRY[name], REGISTRY[name].parse_options(dict(_options(options or "", item))))
+        if places and options is not None:
+            steps[places[-1]] = step
+        else:
+            steps.append(step)
+    _check_order(steps)
+    return tuple(steps)
+
+
+def run(
+    model: Model,
+    steps: Sequence[Step],
+    *,
+    calibrate: Calibrate | None = None,
+    after_step: AfterStep | None = None,
+    before_step: Callable[[Step], None] | None = None,
+) -> list[StepResult]:
+    """Run the steps on `model` in place.
+
+    Ranges are measured once, on the graph as it stands before the first pass that asks, for every pass that does.
+
+    Raises:
+        Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
+    """
+    results: list[StepResult] = []
+    ranges: Ranges | None = None
+    asked = False
+    for index, step in enumerate(steps):
+        if before_step is not None:
+            before_step(step)
+        if step.spec.ranges is not None and not asked:
+            asked = True
+            wanted = _wanted(model, steps[index:])
+            ranges = calibrate(model, wanted) if calibrate is not None and wanted else None
+        results.append(_run_step(model, step, ranges))
+        if after_step is not None:
+            after_step(model, results[-1])
+    return results
+
+
+def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
+    spec = step.spec
+    if spec.ranges is not None and not spec.ranges_optional and ranges is None:
+        wanted = list(spec.ranges(model.graph, **step.options))
+        if wanted:
+            raise Pi05cError(
+                f"pass {spec.name} needs the ranges of {len(wanted)} tensors: give --calibration FILE.npz, put "
+                "recorded samples beside the model as MODEL.calibration.npz, or name made-up data with "
+                "--calibration synthetic"
+            )
+    if spec.min_opset:
+        raise_opset(model, spec.min_opset)
+    before = _node_count(model)
+    ctx = PassContext(Names(model.graph), ranges)
+    start = time.perf_counter()
+    spec.function(model.graph, ctx, **step.options)
+    sort_graph(model.graph)
+    remove_dead(model.graph)
+    seconds = time.perf_counter() - start
+    if ctx.changes:
+        found = problems(model)
+        if found:
+            raise Pi05cError(f"pass {spec.name} left a graph that is not valid: {found[0]}")
+    return StepResult(
+        step, tuple(ctx.changes), tuple(ctx.skips), tuple(ctx.notes), seconds, before, _node_count(model)
+    )
+
+
+def _wanted(model: Model, steps: Sequence[Step]) -> list[str]:
+    names = {
+        tensor.name: None
+        for step in steps
+        if step.spec.ranges is not None
+        for tensor in step.spec.ranges(model.graph, **step.options)
+    }
+    return list(names)
+
+
+def _items(text: str) -> Iterator[str]:
+    """Split at commas outside braces."""
+    depth, item = 0, ""
+    for character in text:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            yield item.strip()
+            item = ""
+        else:
+            item += character
+    if item.strip() or text.endswith(","):
+        yield item.strip()
+
+
+def _options(text: str, item: str) -> Iterator[tuple[str, str]]:
+    """`a=1,b=2,3` as a: 1, b: 2,3 - a part without `=` continues the value before it."""
+    key, value = "", ""
+    for part in text.split(",") if text.strip() else []:
+        if "=" in part:
+            if key:
+                yield key, value
+            key, value = (side.strip() for side in part.split("=", 1))
+        elif key:
+            value += f",{part.strip()}"
+        else:
+            raise UsageError(f"{item!r} in --passes is malformed: options are written name{{option=value}}")
+    if key:
+        yield key, value
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(str(part) for part in value)
+    return str(value)
+
+
+def _check_order(steps: Sequence[Step]) -> None:
+    for index, step in enumerate(steps):
+        later = {other.spec.name for other in steps[index + 1 :]} - {
+            other.spec.name for other in steps[:index]
+        }
+        for name in step.spec.after:
+            if name in later:
+                raise UsageError(
+                    f"pass {step.spec.name} must come after {name}: change the order in --passes"
+                )
+
+
+def _node_count(model: Model) -> int:
+    return len(model.graph.nodes) + sum(len(sub.nodes) for sub in model.graph.subgraphs(recursive=True))

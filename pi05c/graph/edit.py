@@ -1,0 +1,156 @@
+"""Edits on an onnx-graphsurgeon graph: the one place that makes unique names, nodes, constants and casts.
+
+New nodes are appended; `pi05c.graph.sort.sort_graph` then moves each in front of its first consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.dtypes import to_numpy, to_onnx
+from pi05c.graph.io import scopes
+from pi05c.graph.runner import Array
+from pi05c.graph.sort import captured_by
+from pi05c.graph.weights import InMemory, Weight
+
+
+class Names:
+    """Names in use anywhere in a graph, subgraphs included."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self._used: set[str] = set()
+        self._next: dict[str, int] = {}
+        for scope in scopes(graph):
+            self._used.update(tensor.name for tensor in (*scope.inputs, *scope.outputs))
+            for node in scope.nodes:
+                self._used.add(node.name)
+                self._used.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+
+    def unique(self, wanted: str) -> str:
+        """`wanted` if it is free, else `wanted_1`, `wanted_2`, ...; the result counts as used from now on."""
+        name = wanted
+        while name in self._used or not name:
+            self._next[wanted] = self._next.get(wanted, 0) + 1
+            name = f"{wanted}_{self._next[wanted]}"
+        self._used.add(name)
+        return name
+
+
+class Editor:
+    """Edits one scope: a graph, or the body of a Loop, Scan or If."""
+
+    def __init__(self, scope: gs.Graph, names: Names) -> None:
+        self.scope = scope
+        self.names = names
+        self._casts = {
+            (id(node.inputs[0]), to_numpy(node.attrs["to"])): node.outputs[0]
+            for node in scope.nodes
+            if node.op == "Cast" and not node.domain
+        }
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        name: str,
+        *,
+        dtype: Any,
+        shape: Sequence[int | str] | None,
+        attrs: dict[str, Any] | None = None,
+        domain: str | None = None,
+    ) -> gs.Variable:
+        """Append a node with one output and return that output, both named after `name`."""
+        output = gs.Variable(self.names.unique(name), dtype=to_numpy(dtype), shape=_copy(shape))
+        node = gs.Node(
+            op,
+            self.names.unique(f"{name}.{op}"),
+            attrs=attrs,
+            inputs=list(inputs),
+            outputs=[output],
+            domain=domain,
+        )
+        self.scope.nodes.append(node)
+        return output
+
+    def constant(self, name: str, values: Array | Weight) -> gs.Constant:
+        """A new initializer."""
+        weight = values if isinstance(values, Weight) else InMemory(np.asarray(values))
+        return gs.Constant(self.names.unique(name), weight)
+
+    def cast(self, tensor: gs.Tensor, dtype: Any) -> gs.Tensor:
+        """`tensor` in `dtype`: itself, the output of a Cast of it that this scope has, or that of a new one."""
+        dtype = to_numpy(dtype)
+        if to_numpy(tensor.dtype) == dtype:
+            return tensor
+        known = self._casts.get((id(tensor), dtype))
+        if known is not None and known.inputs and known.inputs[0].inputs[0] is tensor:
+            return known
+        name = f"{tensor.name}.{np.dtype(dtype).name}"
+        result = self.add(
+            "Cast", [tensor], name, dtype=dtype, shape=tensor.shape, attrs={"to": to_onnx(dtype)}
+        )
+        self._casts[id(tensor), dtype] = result
+        return result
+
+    def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Make every consumer of `old`, in subgraphs too, read `new`; a graph output keeps its name."""
+        for node in list(old.outputs):
+            if node is not producer(new):
+                replace_input(node, old, new)
+        for scope in scopes(self.scope):
+            scope.outputs = [new if tensor is old else tensor for tensor in scope.outputs]
+
+    def remove(self, node: gs.Node) -> None:
+        """Detach a node from its tensors and, with its subgraphs, from those that they capture."""
+        detach(node)
+        self.scope.nodes = [other for other in self.scope.nodes if other is not node]
+
+
+def detach(node: gs.Node) -> None:
+    """Clear a node's inputs and outputs, and those inside its subgraphs; the caller takes it off the node list."""
+    for subgraph in node.subgraphs(recursive=True):
+        for inner in subgraph.nodes:
+            inner.inputs.clear()
+            inner.outputs.clear()
+    node.inputs.clear()
+    node.outputs.clear()
+
+
+def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make `node` read `new` wherever it reads `old`."""
+    for index, tensor in enumerate(node.inputs):
+        if tensor is old:
+            node.inputs[index] = new
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that produces a tensor; None for inputs and initializers."""
+    return tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+
+
+def remove_dead(graph: gs.Graph) -> int:
+    """Remove nodes that no output needs, in subgraphs too, and return how many.
+
+    Works backward from the last node, so `graph` must be sorted; consumers in subgraphs count.
+    """
+    removed = 0
+    for scope in reversed(list(scopes(graph))):
+        kept = {id(tensor) for tensor in scope.outputs}
+        alive = []
+        for node in reversed(scope.nodes):
+            if any(id(tensor) in kept or tensor.outputs for tensor in node.outputs):
+                alive.append(node)
+                kept.update(id(tensor) for tensor in captured_by(node))
+            else:
+                detach(node)
+                removed += 1
+        scope.nodes = alive[::-1]
+    return removed
+
+
+def _copy(shape: Sequence[int | str] | None) -> list[int | str] | None:
+    return None if shape is None else list(shape)

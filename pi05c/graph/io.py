@@ -1,0 +1,375 @@
+"""The one loader and the one saver. Weights are mapped on the way in and streamed on the way out.
+
+`load` leaves every weight on disk (`Stored`), sorts what an exporter left unsorted, infers missing types, and
+turns Constant nodes into initializers. `save` copies bytes that nobody changed from file to file, evaluates the
+others in chunks, writes each weight once however many nodes share it, and records a SHA-256 beside each.
+What onnx-graphsurgeon 0.6 drops (metadata of model and nodes, doc strings, domain) is kept here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+from onnx_graphsurgeon.ir.tensor import SparseValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from pi05c.graph.dtypes import bits, to_numpy
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.sort import sort_proto
+from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
+
+G_LOGGER.severity = G_LOGGER.ERROR
+
+INLINE_BYTES = 1024
+"""Tensors up to this size stay inside the .onnx file, so that tools can read shapes and scalars without data."""
+
+ALIGNMENT = 64
+"""Offset alignment of external tensors, in bytes: one cache line, enough for every vector load."""
+
+_COPY_BYTES = 2**26
+
+
+@dataclass
+class Model:
+    """A graph with what belongs to the file around it.
+
+    Attributes:
+        graph: the graph that passes edit in place.
+        metadata: the model's metadata_props.
+        path: the file it was loaded from, if any.
+    """
+
+    graph: gs.Graph
+    metadata: dict[str, str] = field(default_factory=dict)
+    doc_string: str = ""
+    domain: str = ""
+    model_version: int = 0
+    path: Path | None = None
+
+
+def load(path: Path | str) -> Model:
+    """Read an ONNX model; external data is mapped, not read.
+
+    Raises:
+        Pi05cError: no such file, not an ONNX model, or external data that is missing, truncated, or outside the
+            model's folder.
+    """
+    path = Path(path)
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except FileNotFoundError as error:
+        raise Pi05cError(f"there is no file {path}") from error
+    except (DecodeError, OSError, ValueError) as error:
+        raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise Pi05cError(f"{path} holds no graph: is it an ONNX model?")
+    model = model_from_proto(proto, path.parent)
+    model.path = path
+    return model
+
+
+def model_from_proto(
+    proto: onnx.ModelProto, base: Path | None = None, weights: Mapping[str, Weight] | None = None
+) -> Model:
+    """Make an editable model of a proto, which is consumed.
+
+    Args:
+        proto: a model whose weights may be external.
+        base: folder of the external data.
+        weights: values by initializer name, which take the place of what the proto holds for them.
+
+    Raises:
+        Pi05cError: as `load`; or two tensors of one graph share a name.
+    """
+    for graph in _graphs(proto.graph):
+        sort_proto(graph)
+        _refuse_duplicates(graph)
+    proto = _with_types(proto)
+    graph = gs.import_onnx(proto)
+    for old, new in zip(_nodes(proto.graph), _gs_nodes(graph), strict=True):
+        new.metadata = {prop.key: prop.value for prop in old.metadata_props}
+        new.doc_string = old.doc_string
+    for constant in _constants(graph):
+        constant._values = (weights or {}).get(constant.name) or _stored(constant._values.tensor, base)
+        constant.data_location = None
+    for scope in scopes(graph):
+        _inline_constant_nodes(scope)
+    return Model(
+        graph,
+        metadata={prop.key: prop.value for prop in proto.metadata_props},
+        doc_string=proto.doc_string,
+        domain=proto.domain,
+        model_version=proto.model_version,
+    )
+
+
+def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """The model as a proto whose larger weights are references, and those weights by their pending location."""
+    pending: dict[str, Weight] = {}
+    for constant in _constants(model.graph):
+        weight = weight_of(constant)
+        pending[f"{PENDING}{id(weight)}"] = weight
+    proto = gs.export_onnx(model.graph)
+    for old, new in zip(_gs_nodes(model.graph), _nodes(proto.graph), strict=True):
+        new.doc_string = getattr(old, "doc_string", "")
+        for key, value in getattr(old, "metadata", {}).items():
+            new.metadata_props.add(key=key, value=value)
+    for key, value in model.metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    proto.doc_string = model.doc_string
+    proto.domain = model.domain
+    proto.model_version = model.model_version
+    for tensor in tensors(proto):
+        location = _location(tensor)
+        if location in pending and pending[location].nbytes <= INLINE_BYTES:
+            _make_inline(tensor, pending[location])
+    return proto, pending
+
+
+def save(model: Model, path: Path | str) -> None:
+    """Write `path` and, where weights are larger than `INLINE_BYTES`, `path` + `.data` beside it.
+
+    Both are written under other names first and renamed when they are whole. The model may have been loaded from
+    the same path.
+
+    Raises:
+        Pi05cError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    proto, pending = to_proto(model)
+    data_path = path.with_name(path.name + ".data")
+    partial_data = path.with_name(f".{path.name}.data.partial")
+    partial_model = path.with_name(f".{path.name}.partial")
+    try:
+        with partial_data.open("wb") as file:
+            writer = _DataWriter(file, data_path.name)
+            for tensor in tensors(proto):
+                location = _location(tensor)
+                if location in pending:
+                    writer.write(tensor, pending[location])
+        partial_model.write_bytes(proto.SerializeToString())
+        if partial_data.stat().st_size:
+            partial_data.replace(data_path)
+        partial_model.replace(path)
+    except OSError as error:
+        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial_data.unlink(missing_ok=True)
+        partial_model.unlink(missing_ok=True)
+
+
+class _DataWriter:
+    """Appends weights to an external-data file, each once, and points tensors at them."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self.file = file
+        self.name = name
+        self.offset = 0
+        self.written: dict[object, tuple[int, str]] = {}
+
+    def write(self, tensor: onnx.TensorProto, weight: Weight) -> None:
+        key: object = id(weight)
+        if isinstance(weight, Stored):
+            key = (weight.path, weight.offset, weight.nbytes)
+        if key not in self.written:
+            self.offset += -self.offset % ALIGNMENT
+            self.file.seek(self.offset)
+            self.written[key] = (self.offset, self._append(weight))
+            self.offset += weight.nbytes
+        offset, checksum = self.written[key]
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for name, value in (
+            ("location", self.name),
+            ("offset", str(offset)),
+            ("length", str(weight.nbytes)),
+            ("checksum", checksum),
+        ):
+            tensor.external_data.add(key=name, value=value)
+
+    def _append(self, weight: Weight) -> str:
+        if isinstance(weight, Stored):
+            checksum = weight.checksum()
+            self.file.flush()
+            with weight.path.open("rb") as source:
+                _copy(source.fileno(), weight.offset, self.file.fileno(), self.offset, weight.nbytes)
+            return checksum
+        digest = hashlib.sha256()
+        for chunk in weight.chunks():
+            raw = stored_bytes(chunk)
+            digest.update(raw)
+            self.file.write(raw)
+        return digest.hexdigest()
+
+
+def _copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:
+    """Copy bytes between two files inside the kernel where the platform can."""
+    while length:
+        size = min(length, _COPY_BYTES)
+        try:
+            done = os.copy_file_range(source, target, size, source_offset, target_offset)
+        except (AttributeError, OSError):
+            done = os.pwrite(target, os.pread(source, size, source_offset), target_offset)
+        if not done:
+            raise OSError("the source file ended early")
+        source_offset, target_offset, length = source_offset + done, target_offset + done, length - done
+
+
+def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """The graph and every subgraph inside it, outer before inner."""
+    yield graph
+    yield from graph.subgraphs(recursive=True)
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a model: initializers and attributes, in subgraphs and functions too."""
+    for graph in _graphs(proto.graph):
+        yield from graph.initializer
+        for node in graph.node:
+            yield from _attribute_tensors(node)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _attribute_tensors(node)
+
+
+def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _gs_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Nodes in the order of `_nodes`."""
+    for node in graph.nodes:
+        yield node
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                yield from _gs_nodes(value)
+
+
+def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    seen: set[int] = set()
+    for scope in scopes(graph):
+        used = [tensor for node in scope.nodes for tensor in node.inputs]
+        attributes = [value for node in scope.nodes for value in node.attrs.values()]
+        for tensor in (*used, *scope.outputs, *attributes):
+            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                if not isinstance(tensor._values, SparseValues):
+                    yield tensor
+
+
+def _inline_constant_nodes(graph: gs.Graph) -> None:
+    """Turn the outputs of Constant nodes into initializers, each with the type its attribute states."""
+    kept = []
+    for node in graph.nodes:
+        value = _constant_value(node) if node.op == "Constant" and not node.domain else None
+        if value is None:
+            kept.append(node)
+            continue
+        output = node.outputs[0]
+        node.outputs.clear()
+        output.to_constant(value)
+    graph.nodes = kept
+
+
+def _constant_value(node: gs.Node) -> Weight | None:
+    """The tensor of a Constant node; `value_float` is FLOAT by the operator's specification."""
+    (key, value), *_ = node.attrs.items()
+    if key == "value":
+        return weight_of(value) if isinstance(value, gs.Constant) else None
+    kinds = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+    if key not in kinds:
+        return None
+    return InMemory(np.asarray(value, kinds[key]))
+
+
+def _stored(tensor: onnx.TensorProto, base: Path | None) -> Weight:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return InMemory(numpy_helper.to_array(tensor))
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    relative = Path(location)
+    if base is None or relative.is_absolute() or ".." in relative.parts or not location:
+        raise Pi05cError(
+            f"the external data of initializer {tensor.name!r} lies at {location!r}, outside the model's folder: "
+            "save the model with its data beside it"
+        )
+    path = base / relative
+    if path.is_symlink():
+        raise Pi05cError(
+            f"the external data {path} of initializer {tensor.name!r} is a symbolic link: put the file itself there"
+        )
+    dtype = to_numpy(tensor.data_type)
+    offset = int(entries.get("offset") or 0)
+    if not path.is_file():
+        raise Pi05cError(f"the external data {path} of initializer {tensor.name!r} does not exist")
+    length = entries.get("length")
+    stored = Stored(path, offset, tensor.dims, dtype, entries.get("checksum"))
+    if length is not None and int(length) != stored.nbytes:
+        raise Pi05cError(
+            f"initializer {tensor.name!r} of shape {list(tensor.dims)} takes {stored.nbytes} bytes "
+            f"({bits(dtype)} bits an element), but its external data is said to hold {length}"
+        )
+    return stored
+
+
+def _make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
+    del tensor.external_data[:]
+    tensor.ClearField("data_location")
+    tensor.raw_data = bytes(stored_bytes(weight.load()))
+
+
+def _location(tensor: onnx.TensorProto) -> str | None:
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+
+
+def _refuse_duplicates(graph: onnx.GraphProto) -> None:
+    seen = {value.name for value in graph.input}
+    for node in graph.node:
+        for output in node.output:
+            if output and output in seen:
+                raise Pi05cError(
+                    f"tensor {output!r} is produced twice (second by node {node.name!r}): names must be unique"
+                )
+            seen.add(output)
+
+
+def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Infer element types and shapes; a model for which that fails keeps what it declares."""
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return proto
+
+
+__all__ = ["Model", "load", "model_from_proto", "save", "scopes", "tensors", "to_proto"]

@@ -1,0 +1,100 @@
+"""Topological order: stable, iterative, linear, and aware of what subgraphs capture.
+
+onnx-graphsurgeon's own sort recurses (it fails at about 900 levels) and orders by level, which scatters the nodes
+of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.errors import Pi05cError
+
+_Node = TypeVar("_Node")
+
+
+def sort_proto(graph: onnx.GraphProto) -> None:
+    """Sort the nodes of one graph in place (not of its subgraphs); a sorted graph stays as it is."""
+    order = _order(
+        graph.node,
+        lambda node: node.output,
+        lambda node: [*node.input, *_captured(node)],
+        lambda node: node.name,
+    )
+    if order != list(range(len(order))):
+        nodes = [onnx.NodeProto.FromString(graph.node[index].SerializeToString()) for index in order]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def sort_graph(graph: gs.Graph) -> None:
+    """Sort the nodes of a graph and of every subgraph in place; a sorted graph stays as it is."""
+    for subgraph in graph.subgraphs(recursive=True):
+        _sort_nodes(subgraph)
+    _sort_nodes(graph)
+
+
+def _sort_nodes(graph: gs.Graph) -> None:
+    order = _order(
+        graph.nodes,
+        lambda node: [tensor.name for tensor in node.outputs],
+        lambda node: [tensor.name for tensor in (*node.inputs, *captured_by(node))],
+        lambda node: node.name,
+    )
+    graph.nodes = [graph.nodes[index] for index in order]
+
+
+def captured_by(node: gs.Node) -> list[gs.Tensor]:
+    """Tensors that the subgraphs of a node read, whichever scope they come from."""
+    return [
+        tensor
+        for subgraph in node.subgraphs(recursive=True)
+        for tensor in (*(t for inner in subgraph.nodes for t in inner.inputs), *subgraph.outputs)
+    ]
+
+
+def _captured(node: onnx.NodeProto) -> Iterable[str]:
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in graph.node:
+                yield from inner.input
+                yield from _captured(inner)
+            for output in graph.output:
+                yield output.name
+
+
+def _order(
+    nodes: Sequence[_Node],
+    outputs: Callable[[_Node], Iterable[str]],
+    inputs: Callable[[_Node], Iterable[str]],
+    name: Callable[[_Node], str],
+) -> list[int]:
+    """Depth-first: each node in its place unless something that it needs comes later, which then moves up."""
+    producer = {output: index for index, node in enumerate(nodes) for output in outputs(node) if output}
+    entered, emitted = bytearray(len(nodes)), bytearray(len(nodes))
+    order: list[int] = []
+    for root in range(len(nodes)):
+        stack = [root]
+        while stack:
+            index = stack[-1]
+            if entered[index]:
+                stack.pop()
+                if not emitted[index]:
+                    emitted[index] = 1
+                    order.append(index)
+                continue
+            entered[index] = 1
+            for needed in reversed(
+                [producer[tensor] for tensor in inputs(nodes[index]) if tensor in producer]
+            ):
+                if entered[needed] and not emitted[needed]:
+                    raise Pi05cError(
+                        f"the graph has a cycle through node {name(nodes[index])!r}: it cannot be ordered"
+                    )
+                if not emitted[needed]:
+                    stack.append(needed)
+    return order

@@ -1,0 +1,84 @@
+"""Canonical text of a graph: one line a tensor, in execution order, for goldens, diffs and people.
+
+%probs: float32[1,8,10,978] = Softmax(%logits) {axis=-1}
+%wq: float8e4m3fn[2048,1024] = initializer sha256:1f0c9a2e
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.dtypes import name_of
+from pi05c.graph.weights import weight_of
+
+_SHOWN_VALUES = 8
+"""Constants of up to this many elements are shown by value, larger ones by hash."""
+
+
+def canonical_text(graph: gs.Graph) -> str:
+    """The graph as text; attributes sorted, initializers where they are first used, bodies indented."""
+    return "\n".join(_lines(graph, "", set())) + "\n"
+
+
+def _lines(graph: gs.Graph, indent: str, shown: set[int]) -> Iterator[str]:
+    yield f"{indent}inputs: {', '.join(_declared(tensor) for tensor in graph.inputs)}"
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
+                shown.add(id(tensor))
+                yield f"{indent}{_declared(tensor)} = {_initializer(tensor)}"
+        outputs = ", ".join(_declared(tensor) if tensor.name else "_" for tensor in node.outputs)
+        inputs = ", ".join(f"%{tensor.name}" if tensor.name else "_" for tensor in node.inputs)
+        op = f"{node.domain}::{node.op}" if node.domain else node.op
+        attributes = {
+            key: value for key, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)
+        }
+        listed = ", ".join(f"{key}={_attribute(key, value)}" for key, value in attributes.items())
+        yield f"{indent}{outputs} = {op}({inputs})" + (f" {{{listed}}}" if listed else "")
+        for key, value in sorted(node.attrs.items()):
+            if isinstance(value, gs.Graph):
+                yield f"{indent}  {key}:"
+                yield from _lines(value, indent + "    ", shown)
+    for tensor in graph.outputs:
+        if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
+            yield f"{indent}{_declared(tensor)} = {_initializer(tensor)}"
+    yield f"{indent}outputs: {', '.join(_declared(tensor) for tensor in graph.outputs)}"
+
+
+def _declared(tensor: gs.Tensor) -> str:
+    shape = (
+        "?" if tensor.shape is None else ",".join("?" if dim is None else str(dim) for dim in tensor.shape)
+    )
+    return f"%{tensor.name}: {name_of(tensor.dtype)}[{shape}]"
+
+
+def _initializer(constant: gs.Constant) -> str:
+    weight = weight_of(constant)
+    if math.prod(weight.shape) <= _SHOWN_VALUES:
+        return _values(weight.load())
+    return f"initializer sha256:{weight.checksum()[:8]}"
+
+
+def _values(array: Any) -> str:
+    if array.dtype.kind in "fV":
+        items = [f"{float(value):.9g}" for value in array.reshape(-1)]
+    else:
+        items = [str(value) for value in np.asarray(array).reshape(-1)]
+    return items[0] if array.ndim == 0 else f"[{', '.join(items)}]"
+
+
+def _attribute(key: str, value: Any) -> str:
+    if isinstance(value, gs.Constant):
+        return f"{_declared(value)} {_initializer(value)}"
+    if key in ("to", "dtype", "output_dtype") and isinstance(value, (int, np.integer, type, np.dtype)):
+        return name_of(value)
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_attribute('', item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,338 @@
+"""Weights that stay on disk: a byte range of a file plus the operations that make a tensor of it.
+
+An initializer of a loaded graph is a `gs.Constant` whose values are a `Weight`. A rewrite wraps it in another
+(`Transposed`, `Cast`, `Quantized`, ...) without reading anything; the chain is evaluated once, in chunks, when
+the model is saved, and by `amax` when a range is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from pi05c.graph.dtypes import LARGEST, bits, to_numpy, to_onnx
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.runner import Array
+
+Region = tuple[slice, ...]
+"""One slice with start and stop for each axis."""
+
+CHUNK_BYTES = 32 * 2**20
+"""Working-set size of chunked evaluation, in bytes of the result."""
+
+_TABLE_THRESHOLD = 2**18
+"""From this many 16-bit elements on, an elementwise function is cheaper as a table of all 65,536 inputs."""
+
+
+class Weight(LazyValues):  # type: ignore[misc]
+    """A tensor that can be read region by region.
+
+    Attributes:
+        shape: dimensions.
+        dtype: a numpy dtype, `ml_dtypes` for bfloat16, FP8 and FP4.
+        nbytes: bytes in storage (FP4 packed two a byte).
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+        self.shape: tuple[int, ...] = tuple(int(dim) for dim in shape)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.nbytes: int = (math.prod(self.shape) * bits(self.dtype) + 7) // 8
+        self._amax: float | None = None
+        self._checksum: str | None = None
+
+    def read(self, region: Region) -> Array:
+        """The elements of `region`, in this weight's dtype."""
+        raise NotImplementedError
+
+    def load(self) -> Array:
+        """The whole tensor in memory."""
+        return self.read(whole(self.shape))
+
+    @property
+    def tensor(self) -> onnx.TensorProto:
+        """What onnx-graphsurgeon exports: a reference that `pi05c.graph.io` resolves while saving."""
+        proto = onnx.TensorProto(data_type=to_onnx(self.dtype), dims=self.shape)
+        proto.data_location = onnx.TensorProto.EXTERNAL
+        proto.external_data.add(key="location", value=f"{PENDING}{id(self)}")
+        return proto
+
+    def chunks(self) -> Iterator[Array]:
+        """The tensor in row-major order, in pieces along the first axis of about `CHUNK_BYTES`."""
+        if not self.shape or self.nbytes <= CHUNK_BYTES:
+            yield self.load()
+            return
+        rows = max(1, CHUNK_BYTES * self.shape[0] // self.nbytes)
+        for start in range(0, self.shape[0], rows):
+            yield self.read((slice(start, min(start + rows, self.shape[0])), *whole(self.shape[1:])))
+
+    def amax(self) -> float:
+        """The largest absolute value, read once and remembered; inf or nan where an element is."""
+        if self._amax is None:
+            self._amax = float(np.max([_amax(chunk) for chunk in self.chunks()], initial=0.0))
+        return self._amax
+
+    def checksum(self) -> str:
+        """SHA-256 of the stored bytes in row-major order, in hexadecimal."""
+        if self._checksum is None:
+            digest = hashlib.sha256()
+            for chunk in self.chunks():
+                digest.update(stored_bytes(chunk))
+            self._checksum = digest.hexdigest()
+        return self._checksum
+
+
+PENDING = "pi05c-pending:"
+"""Prefix of the location of a tensor whose bytes have not been written yet."""
+
+
+class InMemory(Weight):
+    """A tensor held as an array."""
+
+    def __init__(self, array: Array) -> None:
+        super().__init__(array.shape, array.dtype)
+        self.array = array
+
+    def read(self, region: Region) -> Array:
+        return self.array[region]
+
+
+class Stored(Weight):
+    """A byte range of a file, little-endian and row-major, mapped and never copied as a whole.
+
+    `checksum` is the SHA-256 of the range where the file's writer recorded it.
+    """
+
+    def __init__(
+        self, path: Path, offset: int, shape: Sequence[int], dtype: Any, checksum: str | None = None
+    ) -> None:
+        super().__init__(shape, dtype)
+        self.path = path
+        self.offset = offset
+        self._checksum = checksum
+        stat = path.stat()
+        self._file: Any = _mapped(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        size = stat.st_size
+        if offset < 0 or offset + self.nbytes > size:
+            raise Pi05cError(
+                f"{path} holds {size} bytes, but a weight of shape {list(self.shape)} is said to lie at bytes "
+                f"{offset} to {offset + self.nbytes}: the file is truncated or belongs to another model"
+            )
+
+    def read(self, region: Region) -> Array:
+        raw = self._file[self.offset : self.offset + self.nbytes]
+        if bits(self.dtype) == 4:
+            proto = onnx.TensorProto(data_type=to_onnx(self.dtype), dims=self.shape, raw_data=raw.tobytes())
+            unpacked: Array = numpy_helper.to_array(proto)
+            return unpacked[region]
+        values: Array = raw.view(self.dtype).reshape(self.shape)[region]
+        return values
+
+
+class Transposed(Weight):
+    """`base` with its axes permuted as in ONNX Transpose."""
+
+    def __init__(self, base: Weight, perm: Sequence[int]) -> None:
+        super().__init__([base.shape[axis] for axis in perm], base.dtype)
+        self.base = base
+        self.perm = tuple(perm)
+
+    def read(self, region: Region) -> Array:
+        source = [slice(None)] * len(self.perm)
+        for axis, part in zip(self.perm, region, strict=True):
+            source[axis] = part
+        values: Array = self.base.read(tuple(source)).transpose(self.perm)
+        return values
+
+    def amax(self) -> float:
+        return self.base.amax()
+
+
+class Reshaped(Weight):
+    """`base` with the same elements in another shape."""
+
+    def __init__(self, base: Weight, shape: Sequence[int]) -> None:
+        super().__init__(shape, base.dtype)
+        self.base = base
+
+    def read(self, region: Region) -> Array:
+        return self.base.load().reshape(self.shape)[region]
+
+    def amax(self) -> float:
+        return self.base.amax()
+
+
+class Joined(Weight):
+    """Weights of one dtype, concatenated along `axis`."""
+
+    def __init__(self, parts: Sequence[Weight], axis: int) -> None:
+        shape = list(parts[0].shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        super().__init__(shape, parts[0].dtype)
+        self.parts = tuple(parts)
+        self.axis = axis
+
+    def read(self, region: Region) -> Array:
+        start, stop, _ = region[self.axis].indices(self.shape[self.axis])
+        pieces, offset = [], 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            low, high = max(start - offset, 0), min(stop - offset, size)
+            if low < high:
+                piece = list(region)
+                piece[self.axis] = slice(low, high)
+                pieces.append(part.read(tuple(piece)))
+            offset += size
+        return np.concatenate(pieces, axis=self.axis)
+
+    def amax(self) -> float:
+        return max(part.amax() for part in self.parts)
+
+
+class Scaled(Weight):
+    """`base` times `factor`, a float32 array that broadcasts to it, rounded once to `base`'s dtype or `dtype`."""
+
+    def __init__(self, base: Weight, factor: Array, dtype: Any = None) -> None:
+        super().__init__(base.shape, base.dtype if dtype is None else dtype)
+        self.base = base
+        rank = len(base.shape)
+        self.factor = np.asarray(factor, np.float32).reshape(
+            (1,) * (rank - np.ndim(factor)) + np.shape(factor)
+        )
+
+    def read(self, region: Region) -> Array:
+        factor = self.factor[_broadcast(region, self.factor.shape)]
+        return (self.base.read(region).astype(np.float32) * factor).astype(self.dtype)
+
+
+class Cast(Weight):
+    """`base` rounded to `dtype`, to the nearest, ties to even."""
+
+    def __init__(self, base: Weight, dtype: Any) -> None:
+        super().__init__(base.shape, dtype)
+        self.base = base
+
+    def read(self, region: Region) -> Array:
+        return _elementwise(lambda values: values.astype(self.dtype), self.base.read(region))
+
+
+class Quantized(Weight):
+    """What ONNX QuantizeLinear makes of `base`: `saturate(round(base / scale))` in a float `dtype`.
+
+    `scale` holds positive values in the dtype in which the graph stores them and broadcasts to `base`; the codes
+    are computed from it as stored, in float32.
+    """
+
+    def __init__(self, base: Weight, scale: Array, dtype: Any) -> None:
+        super().__init__(base.shape, dtype)
+        self.base = base
+        rank = len(base.shape)
+        self.scale = np.asarray(scale).astype(np.float32)
+        self.scale = self.scale.reshape((1,) * (rank - self.scale.ndim) + self.scale.shape)
+
+    def read(self, region: Region) -> Array:
+        largest = np.float32(LARGEST[self.dtype])
+
+        def quantize(values: Array, scale: Array) -> Array:
+            scaled = values.astype(np.float32) / scale
+            return np.clip(scaled, -largest, largest).astype(self.dtype)
+
+        values = self.base.read(region)
+        if self.scale.size == 1:
+            return _elementwise(lambda part: quantize(part, self.scale.reshape(())), values)
+        return quantize(values, self.scale[_broadcast(region, self.scale.shape)])
+
+
+def whole(shape: Sequence[int]) -> Region:
+    """The region that covers all of `shape`."""
+    return tuple(slice(0, dim) for dim in shape)
+
+
+def _broadcast(region: Region, shape: Sequence[int]) -> Region:
+    """The part of an array of `shape` that meets `region` of what it broadcasts to."""
+    return tuple(part if size > 1 else slice(None) for part, size in zip(region, shape, strict=True))
+
+
+def weight_of(constant: gs.Constant) -> Weight:
+    """The weight behind a constant, wrapping the array that onnx-graphsurgeon may hold in its place."""
+    values = constant._values
+    if not isinstance(values, Weight):
+        if isinstance(values, LazyValues):
+            values = InMemory(numpy_helper.to_array(values.tensor))
+        else:
+            export_dtype = to_numpy(constant.export_dtype)
+            values = InMemory(values if values.dtype == export_dtype else values.astype(export_dtype))
+        constant._values = values
+        constant._export_dtype = None
+        constant.data_location = None
+    return cast(Weight, values)
+
+
+def array_of(constant: gs.Constant) -> Array:
+    """All values of a constant, without making it forget where they are stored."""
+    return weight_of(constant).load()
+
+
+def stored_bytes(values: Array) -> bytes | memoryview:
+    """The little-endian, row-major bytes in which ONNX stores `values` (FP4 and INT4 packed two a byte)."""
+    if bits(values.dtype) == 4:
+        return numpy_helper.from_array(values).raw_data
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+def _amax(values: Array) -> float:
+    """Largest absolute value; of 16-bit floats by their codes, whose order is that of the values."""
+    if values.size == 0:
+        return 0.0
+    if values.dtype.itemsize == 2 and values.dtype.kind in "fV":
+        code = (np.ascontiguousarray(values).view(np.uint16) & np.uint16(0x7FFF)).max()
+        return float(code.reshape(1).view(values.dtype)[0])
+    return float(np.abs(values.astype(np.float32) if values.dtype.itemsize < 4 else values).max())
+
+
+def _elementwise(function: Callable[[Array], Array], values: Array) -> Array:
+    if values.dtype.itemsize != 2 or values.size < _TABLE_THRESHOLD:
+        return function(values)
+    with np.errstate(all="ignore"):
+        table = function(np.arange(2**16, dtype=np.uint16).view(values.dtype))
+    codes = (
+        values.view(np.uint16) if values.flags.c_contiguous else np.ascontiguousarray(values).view(np.uint16)
+    )
+    return table.view(f"u{table.itemsize}")[codes].view(table.dtype)
+
+
+@lru_cache(maxsize=64)
+def _mapped(path: Path, inode: int, mtime_ns: int, size: int) -> Any:
+    """The bytes of a file; inode, time and size tell a file that took another's name from it."""
+    if size == 0:
+        return np.zeros(0, np.uint8)
+    return np.memmap(path, np.uint8, mode="r")
+
+
+__all__ = [
+    "CHUNK_BYTES",
+    "PENDING",
+    "Cast",
+    "InMemory",
+    "Joined",
+    "Quantized",
+    "Region",
+    "Reshaped",
+    "Scaled",
+    "Stored",
+    "Transposed",
+    "Weight",
+    "array_of",
+    "stored_bytes",
+    "weight_of",
+    "whole",
+]
