@@ -12,10 +12,13 @@ from pi05c.graph.edit import producer
 from pi05c.graph.weights import weight_of
 
 RANGE_PRESERVING = frozenset(
-    "Cast Identity Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Slice Split Gather "
-    "QuantizeLinear DequantizeLinear".split()
+    {"Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "Slice"}
+    | {"Split", "Gather", "GatherElements", "QuantizeLinear", "DequantizeLinear", "Neg", "Abs", "ReduceMax"}
 )
-"""Operators whose output holds no value that their first input does not (up to rounding)."""
+"""Operators whose output is not larger in magnitude than their first input (up to rounding)."""
+
+UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Sin", "Cos", "Erf"})
+"""Operators whose output lies in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,36 @@ class Ranges:
     synthetic: bool = False
 
     def amax(self, tensor: gs.Tensor) -> float | None:
-        """The largest absolute value of `tensor`, None where it was not calibrated.
+        """The largest absolute value of `tensor`, None where neither it nor what bounds it was calibrated.
 
-        Follows operators that only move values back to the tensor that was; constants are read.
+        Follows operators that only move values, or choose among them, back to tensors that were; constants are
+        read.
         """
-        while True:
-            if isinstance(tensor, gs.Constant):
-                return weight_of(tensor).amax()
-            if tensor.name in self.high:
-                return max(abs(self.low[tensor.name]), abs(self.high[tensor.name]))
-            node = producer(tensor)
-            if node is None or node.op not in RANGE_PRESERVING or not node.inputs:
-                return None
-            tensor = node.inputs[0]
+        if isinstance(tensor, gs.Constant):
+            return weight_of(tensor).amax()
+        if tensor.name in self.high:
+            return max(abs(self.low[tensor.name]), abs(self.high[tensor.name]))
+        bounds = bounding_tensors(tensor)
+        if bounds is None:
+            return None
+        found = [self.amax(bound) for bound in bounds]
+        return max((amax for amax in found if amax is not None), default=1.0) if None not in found else None
+
+
+def bounding_tensors(tensor: gs.Tensor) -> list[gs.Tensor] | None:
+    """The tensors whose largest magnitude bounds that of `tensor`, none where 1 does; None where nothing is known."""
+    node = producer(tensor)
+    if node is None:
+        return None
+    if node.op in UNIT:
+        return []
+    if node.op in RANGE_PRESERVING:
+        return [node.inputs[0]]
+    if node.op in ("Concat", "Max", "Min"):
+        return list(node.inputs)
+    if node.op == "Where":
+        return list(node.inputs[1:])
+    return None
 
 
 def finite(amax: float | None) -> bool:

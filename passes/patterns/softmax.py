@@ -1,0 +1,49 @@
+"""Softmax, as the operator or as Sub(ReduceMax)-Exp-Div(ReduceSum)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from pi05c.passes.patterns.walk import each_node, made_by, origin
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """One softmax: its nodes in order, what it reads and what it makes."""
+
+    scope: gs.Graph
+    nodes: tuple[gs.Node, ...]
+    input: gs.Tensor
+    output: gs.Tensor
+
+    @property
+    def name(self) -> str:
+        """The name of its last node."""
+        return str(self.nodes[-1].name)
+
+
+def find_softmaxes(graph: gs.Graph) -> list[Softmax]:
+    """Every softmax, in execution order."""
+    found = []
+    for scope, node in each_node(graph, "Softmax", "Div"):
+        if node.op == "Softmax":
+            found.append(Softmax(scope, (node,), node.inputs[0], node.outputs[0]))
+        elif (match := _decomposed(scope, node)) is not None:
+            found.append(match)
+    return found
+
+
+def _decomposed(scope: gs.Graph, div: gs.Node) -> Softmax | None:
+    total = made_by(div.inputs[1], "ReduceSum")
+    exp = made_by(div.inputs[0], "Exp")
+    if total is None or exp is None or origin(total.inputs[0]) is not exp.outputs[0]:
+        return None
+    sub = made_by(exp.inputs[0], "Sub")
+    if sub is None:
+        return Softmax(scope, (exp, total, div), exp.inputs[0], div.outputs[0])
+    largest = made_by(sub.inputs[1], "ReduceMax")
+    if largest is None or origin(largest.inputs[0]) is not origin(sub.inputs[0]):
+        return None
+    return Softmax(scope, (largest, sub, exp, total, div), sub.inputs[0], div.outputs[0])

@@ -1,0 +1,106 @@
+"""Small steps through a graph that every finder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.edit import producer
+from pi05c.graph.io import scopes
+from pi05c.graph.weights import array_of, weight_of
+
+ROUNDING = frozenset({"Cast", "Identity"})
+"""Operators that change a value's type, not the value (up to rounding)."""
+
+QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+MOVING = ROUNDING | {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Flatten"}
+"""Operators that move values without changing them."""
+
+
+def origin(tensor: gs.Tensor, through: Iterable[str] = ROUNDING) -> gs.Tensor:
+    """The tensor that `tensor` was before operators of `through`."""
+    while (node := producer(tensor)) is not None and node.op in through and node.inputs:
+        tensor = node.inputs[0]
+    return tensor
+
+
+def made_by(tensor: gs.Tensor, *ops: str, through: Iterable[str] = ROUNDING) -> gs.Node | None:
+    """The node of one of the given operators that `tensor` comes from, casts skipped."""
+    node = producer(origin(tensor, through))
+    return node if node is not None and node.op in ops else None
+
+
+def constant(tensor: gs.Tensor) -> gs.Constant | None:
+    """The initializer behind a tensor, casts skipped."""
+    found = origin(tensor)
+    return found if isinstance(found, gs.Constant) else None
+
+
+def scalar(tensor: gs.Tensor) -> float | None:
+    """The value of a constant of one element, casts and reshapes skipped."""
+    found = origin(tensor, MOVING)
+    if isinstance(found, gs.Constant) and np.prod(weight_of(found).shape, dtype=int) == 1:
+        return float(array_of(found).reshape(-1)[0])
+    return None
+
+
+def split_scalar(node: gs.Node) -> tuple[gs.Tensor, float] | None:
+    """The tensor and the number of a binary operator with one constant scalar."""
+    for index in (0, 1):
+        value = scalar(node.inputs[index]) if len(node.inputs) == 2 else None
+        if value is not None:
+            return node.inputs[1 - index], value
+    return None
+
+
+def consumers(tensor: gs.Tensor, through: Iterable[str] = ROUNDING) -> list[gs.Node]:
+    """The nodes that read a tensor's value, casts skipped, in the order in which they were connected."""
+    found: list[gs.Node] = []
+    stack = [tensor]
+    while stack:
+        for node in stack.pop().outputs:
+            if node.op in through:
+                stack.extend(node.outputs)
+            else:
+                found.append(node)
+    return found
+
+
+def path_between(start: gs.Tensor, end: gs.Tensor) -> list[gs.Node]:
+    """The nodes from `start` down to `end` along first inputs, which the caller knows to be connected."""
+    nodes = []
+    while end is not start:
+        node = producer(end)
+        assert node is not None
+        nodes.append(node)
+        end = node.inputs[0]
+    return nodes[::-1]
+
+
+def is_output(tensor: gs.Tensor, graph: gs.Graph) -> bool:
+    """Whether a tensor is an output of the graph or of one of its bodies."""
+    return any(tensor is output for scope in scopes(graph) for output in scope.outputs)
+
+
+def static_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """The shape of a tensor where every dimension is a known number."""
+    shape = tensor.shape
+    if shape is None or not all(isinstance(dim, (int, np.integer)) for dim in shape):
+        return None
+    return tuple(int(dim) for dim in shape)
+
+
+def rank(tensor: gs.Tensor) -> int | None:
+    """The number of dimensions, where known."""
+    return None if tensor.shape is None else len(tensor.shape)
+
+
+def each_node(graph: gs.Graph, *ops: str) -> Iterator[tuple[gs.Graph, gs.Node]]:
+    """The nodes of the given operators (all where none is given) with the scope they are in."""
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if not ops or node.op in ops:
+                yield scope, node

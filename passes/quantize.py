@@ -1,0 +1,103 @@
+"""Quantize-dequantize pairs in FP8 (E4M3), as TensorRT wants them: nothing between DQ and its MatMul."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.dtypes import FLOAT8E4M3FN, LARGEST, to_numpy
+from pi05c.graph.edit import Editor, producer
+from pi05c.graph.weights import Quantized, Transposed, weight_of
+from pi05c.passes.patterns.linear import Linear
+from pi05c.passes.patterns.walk import origin
+
+E4M3_MAX = LARGEST[FLOAT8E4M3FN]
+
+
+def scale_of(amax: float, dtype: np.dtype[np.generic]) -> np.ndarray | None:
+    """amax / 448 in `dtype`; None where that is zero, infinite, or `amax` is not a number or not positive."""
+    if not math.isfinite(amax) or amax <= 0:
+        return None
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.asarray(amax / E4M3_MAX).astype(dtype)
+    value = float(scale)
+    return scale if math.isfinite(value) and value > 0 else None
+
+
+class Quantizer:
+    """Adds Q/DQ in one scope; a tensor gets one pair and a weight one DQ, however many readers they have."""
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self._pairs: dict[tuple[int, float], gs.Variable] = {}
+        self._weights: dict[int, gs.Variable] = {}
+        self._zero: gs.Constant | None = next(filter(None, map(_zero_point, editor.scope.nodes)), None)
+
+    def activation(self, tensor: gs.Tensor, scale: np.ndarray) -> gs.Variable:
+        """`tensor` through Quantize and Dequantize with `scale`, in the tensor's precision."""
+        key = (id(tensor), float(scale))
+        if key not in self._pairs:
+            name = origin(tensor).name
+            stored = self.editor.constant(f"{name}.scale", scale)
+            codes = self.editor.add(
+                "QuantizeLinear",
+                [tensor, stored, self._zero_point()],
+                f"{name}.fp8",
+                dtype=FLOAT8E4M3FN,
+                shape=tensor.shape,
+            )
+            self._pairs[key] = self.editor.add(
+                "DequantizeLinear",
+                [codes, stored, self._zero_point()],
+                f"{name}.dequantized",
+                dtype=scale.dtype,
+                shape=tensor.shape,
+            )
+        return self._pairs[key]
+
+    def weight(self, linear: Linear, scale: np.ndarray) -> gs.Variable:
+        """The linear's weight stored in FP8 as its MatMul reads it, through Dequantize."""
+        key = id(linear.weight)
+        if key not in self._weights:
+            values = weight_of(linear.weight)
+            if linear.transposed:
+                values = Transposed(values, [1, 0])
+            name = linear.weight.name
+            codes = self.editor.constant(f"{name}.fp8", Quantized(values, scale, ml_dtypes.float8_e4m3fn))
+            stored = self.editor.constant(f"{name}.scale", scale)
+            self._weights[key] = self.editor.add(
+                "DequantizeLinear",
+                [codes, stored, self._zero_point()],
+                f"{name}.dequantized",
+                dtype=scale.dtype,
+                shape=codes.shape,
+            )
+        return self._weights[key]
+
+    def _zero_point(self) -> gs.Constant:
+        if self._zero is None:
+            self._zero = self.editor.constant("fp8.zero_point", np.zeros((), ml_dtypes.float8_e4m3fn))
+        return self._zero
+
+
+def is_quantized(tensor: gs.Tensor) -> bool:
+    """Whether a tensor comes straight from a DequantizeLinear."""
+    node = producer(tensor)
+    return node is not None and node.op == "DequantizeLinear"
+
+
+def working_precision(node: gs.Node) -> np.dtype[np.generic] | None:
+    """The type in which a MatMul or Gemm computes."""
+    return to_numpy(node.outputs[0].dtype)
+
+
+def _zero_point(node: gs.Node) -> gs.Constant | None:
+    """The FP8 zero point that a node of an earlier pass reads."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 2:
+        zero = node.inputs[2]
+        if isinstance(zero, gs.Constant) and to_numpy(zero.dtype) == FLOAT8E4M3FN and tuple(zero.shape) == ():
+            return zero
+    return None

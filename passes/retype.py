@@ -1,0 +1,171 @@
+"""Gives a set of nodes another working precision, with casts at the border of the set and none inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.dtypes import FLOAT32, is_float, to_numpy, to_onnx
+from pi05c.graph.edit import Editor, Names, producer, replace_input
+from pi05c.graph.io import scopes
+
+FIXED_INPUTS = {"Resize": {1, 2, 3}, "Loop": {0, 1}, "If": {0}, "Range": {0, 1, 2}}
+"""Inputs whose type an operator fixes whatever its data's type is (operator specifications)."""
+
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+"""Operators that pass values into bodies: their own inputs and outputs keep their type."""
+
+
+class Retyper:
+    """Changes the working precision of nodes anywhere in a graph."""
+
+    def __init__(self, graph: gs.Graph, names: Names) -> None:
+        self._graph = graph
+        self._names = names
+        self._editors: dict[int, Editor] = {}
+        self._scope_of: dict[int, gs.Graph] = {}
+        self._outputs: set[int] = set()
+        for scope in scopes(graph):
+            self._editors[id(scope)] = Editor(scope, names)
+            self._outputs.update(id(tensor) for tensor in scope.outputs)
+            for tensor in scope.inputs:
+                self._scope_of[id(tensor)] = scope
+            for node in scope.nodes:
+                self._scope_of[id(node)] = scope
+                for tensor in node.outputs:
+                    self._scope_of[id(tensor)] = scope
+
+    def run_in(self, nodes: Iterable[gs.Node], dtype: Any) -> list[gs.Node]:
+        """Make `nodes` compute in `dtype` and return those that did not before.
+
+        A float input from outside is cast at the border, or taken from before a Cast that stands there: a constant
+        is always read as it is stored. A float output keeps its type for readers outside by a Cast.
+        """
+        nodes = [node for node in nodes if node.op not in CONTROL_FLOW]
+        inside = {id(node) for node in nodes}
+        dtype = to_numpy(dtype)
+        return [
+            node
+            for node in nodes
+            if self._retype_inputs(node, inside, dtype) | self._retype_outputs(node, inside, dtype)
+        ]
+
+    def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> bool:
+        changed = False
+        fixed = FIXED_INPUTS.get(node.op, ())
+        for index, tensor in enumerate(list(node.inputs)):
+            if index in fixed or not tensor.name or not is_float(tensor.dtype) or node.op == "Cast":
+                continue
+            above = producer(tensor)
+            if above is not None and id(above) in inside:
+                continue
+            source = self._before_casts(tensor, dtype)
+            if to_numpy(source.dtype) != dtype:
+                scope = self._scope_of.get(id(source), self._scope_of[id(node)])
+                source = self._cast(source, dtype, scope)
+            if source is not tensor:
+                node.inputs[index] = source
+                changed = changed or to_numpy(tensor.dtype) != dtype
+        return changed
+
+    def _retype_outputs(self, node: gs.Node, inside: set[int], dtype: Any) -> bool:
+        changed = False
+        for index, tensor in enumerate(list(node.outputs)):
+            before = to_numpy(tensor.dtype)
+            if not tensor.name or not is_float(before) or before == dtype:
+                continue
+            if node.op == "Cast":
+                node.attrs["to"] = to_onnx(dtype)
+            changed = True
+            outside = [user for user in tensor.outputs if id(user) not in inside and user.op != "Cast"]
+            if id(tensor) in self._outputs:
+                tensor = self._keep_output(node, index, tensor, inside, dtype)
+            elif outside:
+                tensor.dtype = dtype
+                cast = self._cast(tensor, before, self._scope_of[id(node)])
+                for user in outside:
+                    replace_input(user, tensor, cast)
+            else:
+                tensor.dtype = dtype
+        return changed
+
+    def _keep_output(
+        self, node: gs.Node, index: int, tensor: gs.Variable, inside: set[int], dtype: Any
+    ) -> gs.Variable:
+        """Put a Cast between `node` and an output of its graph, which keeps name and type."""
+        inner = gs.Variable(
+            self._names.unique(f"{tensor.name}.{dtype.name}"), dtype=dtype, shape=tensor.shape
+        )
+        users = [user for user in tensor.outputs if id(user) in inside]
+        node.outputs[index] = inner
+        self._scope_of[id(inner)] = self._scope_of[id(node)]
+        for user in users:
+            replace_input(user, tensor, inner)
+        attrs = {"to": to_onnx(tensor.dtype)}
+        name = self._names.unique(f"{tensor.name}.Cast")
+        self._scope_of[id(node)].nodes.append(gs.Node("Cast", name, attrs, [inner], [tensor]))
+        return inner
+
+    def _before_casts(self, tensor: gs.Tensor, dtype: Any) -> gs.Tensor:
+        """The tensor before float-to-float casts: a constant as stored, or a value that has `dtype` already."""
+        best = tensor
+        while (node := producer(tensor)) is not None and node.op == "Cast" and is_float(node.inputs[0].dtype):
+            tensor = node.inputs[0]
+            if isinstance(tensor, gs.Constant) or to_numpy(tensor.dtype) == dtype:
+                best = tensor
+        return best
+
+    def _cast(self, tensor: gs.Tensor, dtype: Any, scope: gs.Graph) -> gs.Tensor:
+        cast = self._editors[id(scope)].cast(tensor, dtype)
+        self._scope_of[id(cast)] = scope
+        made = producer(cast)
+        assert made is not None
+        self._scope_of[id(made)] = scope
+        return cast
+
+
+def remove_redundant_casts(graph: gs.Graph) -> int:
+    """Bypass Casts that change nothing, and pairs of which the second undoes an exact first; return how many.
+
+    float16 -> float32 -> float16 is exact; float32 -> float16 -> float32 rounds and stays.
+    """
+    removed = 0
+    for scope in scopes(graph):
+        outputs = {id(tensor) for tensor in scope.outputs}
+        for node in scope.nodes:
+            if node.op != "Cast" or node.domain not in (None, "", "ai.onnx") or not node.inputs:
+                continue
+            target, source = to_numpy(node.attrs["to"]), node.inputs[0]
+            above = producer(source)
+            if above is not None and above.op == "Cast" and _widens(above.inputs[0].dtype, source.dtype):
+                source = above.inputs[0]
+            if to_numpy(source.dtype) == target and id(node.outputs[0]) in outputs:
+                removed += _make_output(node, source, outputs)
+            elif to_numpy(source.dtype) == target:
+                for user in list(node.outputs[0].outputs):
+                    replace_input(user, node.outputs[0], source)
+                removed += 1
+            elif source is not node.inputs[0]:
+                node.inputs[0] = source
+                removed += 1
+    return removed
+
+
+def _make_output(cast: gs.Node, source: gs.Tensor, outputs: set[int]) -> int:
+    """Let the producer of `source` make the graph output that a Cast without effect makes of it; 1 if it could."""
+    above, output = producer(source), cast.outputs[0]
+    if above is None or id(source) in outputs:
+        return 0
+    cast.inputs.clear()
+    cast.outputs.clear()
+    above.outputs = [output if tensor is source else tensor for tensor in above.outputs]
+    for user in list(source.outputs):
+        replace_input(user, source, output)
+    return 1
+
+
+def _widens(narrow: Any, wide: Any) -> bool:
+    """Whether every value of one float type is a value of the other: float16 and bfloat16 in float32."""
+    return is_float(narrow) and to_numpy(wide) == FLOAT32 and to_numpy(narrow) != FLOAT32
