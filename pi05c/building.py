@@ -1,0 +1,295 @@
+"""Which builder makes the plan for which GPUs, and the plan itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi05c.backend import tensorrt
+from pi05c.backend.gpu import compute_capabilities
+from pi05c.backend.targets import Flavour, Target, parse_targets, target_of, unsupported
+from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
+from pi05c.folder import FAILED_BUILD, GRAPH, PLAN
+from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.manifest import (
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
+from pi05c.precision import dtypes_of
+from pi05c.progress import Progress, Update
+
+if TYPE_CHECKING:
+    from pi05c.backend.tensorrt import BuildProgress
+
+NO_PLAN = "onnxruntime"
+"""The word for `--backend` that asks for a folder without a plan."""
+
+DEFAULT_TARGET = "sm120"
+"""What TensorRT-RTX builds for where no target is named and no GPU is present: consumer Blackwell."""
+
+_PROFILE = re.compile(r"(?P<name>[^=]+)=(?P<min>[^:]+):(?P<opt>[^:]+):(?P<max>[^:]+)\Z")
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What is to be built, decided before anything is written.
+
+    Attributes:
+        options: flavour, targets and the rest; None for a folder without a plan.
+        obstacle: why the plan cannot be built on this machine; None if it can.
+        chosen: one sentence where the target was chosen and not asked for.
+    """
+
+    options: BuildOptions | None
+    targets: tuple[Target, ...] = ()
+    obstacle: str | None = None
+    chosen: str | None = None
+
+
+def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) -> Builder:
+    """Decide who builds for what.
+
+    Args:
+        backend: `tensorrt-rtx`, `tensorrt`, `onnxruntime` for no plan, or None to choose.
+        target: GPUs as `--target` takes them, or None for the one at hand.
+        options: the other fields of `BuildOptions`.
+
+    Raises:
+        UsageError: an unknown backend or target; no builder is installed and no target is named for which the
+            plan could be built elsewhere.
+    """
+    targets = parse_targets(target) if target is not None else ()
+    if backend == NO_PLAN:
+        return Builder(None, targets)
+    if backend is not None and backend not in (flavour.value for flavour in Flavour):
+        known = ", ".join([*(flavour.value for flavour in Flavour), NO_PLAN])
+        raise UsageError(f"unknown backend {backend!r}: choose among {known}")
+    chosen = None
+    if targets:
+        flavour = _flavour_for(backend, targets)
+    else:
+        flavour = tensorrt.find_flavour(backend)
+        here = [target_of(capability) for capability in compute_capabilities()[:1]]
+        if here and here[0] is not None:
+            targets = (here[0],)
+            chosen = f"no --target: building for the GPU at hand, {targets[0].name}"
+        elif flavour is Flavour.TENSORRT_RTX:
+            targets = parse_targets(DEFAULT_TARGET)
+            chosen = f"no --target and no GPU here: building for {DEFAULT_TARGET} ({targets[0].architecture})"
+    return Builder(
+        BuildOptions(flavour=flavour, targets=targets, **options),
+        targets,
+        tensorrt.can_build(targets, flavour),
+        chosen,
+    )
+
+
+def _flavour_for(backend: str | None, targets: Sequence[Target]) -> Flavour:
+    """The flavour for named targets; where none that is installed can build, the one for the device's own build."""
+    installed = tensorrt.installed_flavours()
+    if backend is not None:
+        return Flavour(backend)
+    able = [flavour for flavour in installed if tensorrt.can_build(targets, flavour) is None]
+    if able:
+        return able[0]
+    return next((flavour for flavour in Flavour if all(flavour in target.flavours for target in targets)))
+
+
+def refuse_unsupported(targets: Iterable[Target], dtypes: Iterable[str]) -> None:
+    """Refuse number formats that a target lacks.
+
+    Raises:
+        Pi05cError: names the target, what it lacks and what it has.
+    """
+    dtypes = list(dtypes)
+    for target in targets:
+        if reason := unsupported(target, dtypes):
+            raise Pi05cError(
+                f"{reason}: choose another --target, or --passes fp16 (or default without the passes that quantize)"
+            )
+
+
+def refuse_without_profile(builder: Builder, inputs: Sequence[TensorRecord]) -> None:
+    """Refuse a plan for a graph with dynamic inputs that have no shape profile, and profiles for no input.
+
+    Raises:
+        UsageError: names the input.
+    """
+    if builder.options is None:
+        return
+    profiles = {profile.name for profile in builder.options.profiles}
+    if unknown := sorted(profiles - {record.name for record in inputs}):
+        names = ", ".join(record.name for record in inputs)
+        raise UsageError(f"--shapes names {unknown[0]!r}, which is no input: the inputs are {names}")
+    for record in inputs:
+        if record.name not in profiles and not all(isinstance(dim, int) for dim in record.shape):
+            raise UsageError(
+                f"input {record.name} has shape {record.shape}, which is not fixed: give --shapes "
+                f"{record.name}=MIN:OPT:MAX with sizes such as 1x3, or export the model with fixed sizes"
+            )
+
+
+def parse_profile(text: str) -> ShapeProfile:
+    """Read `name=1x8:1x16:1x32`.
+
+    Raises:
+        UsageError: the text is malformed.
+    """
+    match = _PROFILE.match(text)
+    try:
+        if match is None:
+            raise ValueError
+        low, usual, high = (
+            tuple(int(size) for size in match[which].split("x")) for which in ("min", "opt", "max")
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"--shapes {text!r} is malformed: write NAME=MIN:OPT:MAX with sizes such as 1x3x224x224"
+        ) from error
+    return ShapeProfile(match["name"], low, usual, high)
+
+
+def engine_record(builder: Builder, *, reason: str | None = None) -> EngineRecord:
+    """What the manifest says while there is no plan."""
+    targets = [target.name for target in builder.targets]
+    if builder.options is None:
+        return EngineRecord(
+            targets=targets, flavour=None, reason=reason or "asked for a folder without a plan"
+        )
+    options = builder.options
+    return EngineRecord(
+        targets=targets,
+        flavour=options.flavour.value,
+        options={
+            "shapes": {p.name: [list(p.min), list(p.opt), list(p.max)] for p in options.profiles},
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+            "strip_weights": options.strip_weights,
+        },
+        reason=reason or builder.obstacle,
+    )
+
+
+def built(record: EngineRecord, result: BuildResult) -> EngineRecord:
+    """What the manifest says of a plan."""
+    return record.model_copy(
+        update={
+            "targets": [target.name for target in result.targets],
+            "flavour": result.flavour.value,
+            "version": result.version,
+            "file": PLAN,
+            "seconds": round(result.seconds, 3),
+            "reason": None,
+        }
+    )
+
+
+def build_plan(folder: Path, plan: Path, options: BuildOptions, update: Update) -> BuildResult:
+    """Build the plan of the graph in `folder`; a failure leaves its log and a command that repeats it there.
+
+    Raises:
+        BuildError: the builder failed.
+    """
+
+    def progress(state: BuildProgress) -> None:
+        update(state.step / state.steps if state.steps else None, state.phase)
+
+    failure = folder / FAILED_BUILD
+    try:
+        result = tensorrt.build(folder / GRAPH, plan, options, progress=progress, reproducer_dir=failure)
+    except BuildError:
+        for path in failure.glob("*"):  # so that the folder may move, to another machine too
+            path.write_text(path.read_text().replace(f"{folder.absolute()}/", "../"))
+        raise
+    shutil.rmtree(failure, ignore_errors=True)
+    return result
+
+
+def build(
+    folder: Path | str,
+    *,
+    target: str | None = None,
+    backend: str | None = None,
+    time_limit_s: float | None = None,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make the plan of an engine folder on this machine, from its graph and manifest.
+
+    An old plan stays until the new one is whole. `target` and `backend` replace those of the manifest.
+
+    Raises:
+        Pi05cError: it is no engine folder, its graph failed verification, or the plan cannot be built here.
+        BuildError: the builder failed.
+    """
+    from pi05c.graph.io import load
+
+    folder = Path(folder)
+    progress = progress or Progress()
+    manifest = read_manifest(folder)
+    if manifest.verification is not None and not manifest.verification.passed:
+        raise Pi05cError(
+            f"the graph in {folder} failed verification: compile again with other --passes, or with a larger "
+            "--max-error if its error is acceptable"
+        )
+    known = manifest.engine
+    builder = choose(
+        backend or known.flavour,
+        target or ",".join(known.targets) or None,
+        {
+            "profiles": tuple(
+                ShapeProfile(name, *(tuple(shape) for shape in shapes))
+                for name, shapes in known.options.get("shapes", {}).items()
+            ),
+            "version_compatible": known.options.get("version_compatible", False),
+            "hardware_compatible": known.options.get("hardware_compatible", False),
+            "strip_weights": known.options.get("strip_weights", False),
+            "time_limit_s": time_limit_s,
+            "verbose": verbose,
+        },
+    )
+    if builder.chosen:
+        progress.note(builder.chosen)
+    if builder.options is None:
+        raise UsageError(f"--backend {NO_PLAN} makes no plan: name tensorrt-rtx or tensorrt")
+    if builder.obstacle is not None:
+        raise Pi05cError(f"{builder.obstacle}: run this on the device, or name another --target or --backend")
+    refuse_without_profile(builder, manifest.inputs)
+    refuse_unsupported(builder.targets, dtypes_of(load(folder / GRAPH).graph))
+    partial = folder / f".{PLAN}.new"
+    try:
+        with progress.stage("build the engine") as update:
+            result = build_plan(folder, partial, builder.options, update)
+        files = {name: record for name, record in manifest.files.items() if name != PLAN}
+        write_manifest(folder, manifest.model_copy(update={"engine": engine_record(builder), "files": files}))
+        partial.replace(folder / PLAN)
+    finally:
+        partial.unlink(missing_ok=True)
+    files[PLAN] = FileRecord(bytes=result.plan_bytes, sha256=sha256([folder / PLAN]))
+    manifest = manifest.model_copy(update={"engine": built(engine_record(builder), result), "files": files})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "NO_PLAN",
+    "Builder",
+    "build",
+    "build_plan",
+    "built",
+    "choose",
+    "engine_record",
+    "parse_profile",
+    "refuse_unsupported",
+    "refuse_without_profile",
+]

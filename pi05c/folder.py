@@ -1,0 +1,268 @@
+"""The output folder: written beside its place, exchanged by rename, never half there.
+
+A run works in a scratch folder next to the output. `Scratch.publish` puts it in the output's place in one step;
+whatever else ends the run, an error, Ctrl-C or SIGTERM, removes the scratch and leaves the old output as it was.
+What a killed process left behind is removed by the next run with the same output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi05c.graph.errors import Pi05cError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MANIFEST = "manifest.json"
+"""The file that makes a folder one of pi05c's."""
+
+GRAPH = "model.onnx"
+PLAN = "model.engine"
+SCRIPT = "build_engine.sh"
+SAMPLES = "samples.npz"
+REPORT = "report.html"
+"""The other files: the rewritten graph (its weights in `model.onnx.data`), the TensorRT plan, what makes the plan on a
+device where pi05c cannot, held-back samples with their reference, and the manifest for people."""
+
+FAILED_BUILD = "failed-build"
+"""Subfolder with the log of a failed build and the command that repeats it."""
+
+_MADE_LATER = (PLAN, "timing.cache")
+"""What `build_engine.sh` adds to a folder after its manifest was written."""
+
+_RENAME_EXCHANGE = 2
+"""Flag of Linux renameat2(2) that swaps two paths in one step."""
+
+_AT_FDCWD = -100
+"""Directory argument of renameat2(2) that stands for the current folder (Linux fcntl.h)."""
+
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+"""What a kernel or a file system answers that cannot exchange."""
+
+
+def check_output(output: Path, *, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that would destroy something which is not pi05c's to replace.
+
+    Args:
+        output: the folder to be written.
+        inputs: files and folders that the run reads.
+
+    Raises:
+        Pi05cError: `output` is a file, holds an input, or holds files that its manifest does not name.
+    """
+    place = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if place == source or place in source.parents:
+            raise Pi05cError(f"output {output} would replace its own input {path}: choose another -o")
+    if place.is_dir():
+        _refuse_foreign_files(output, place)
+    elif place.exists():
+        raise Pi05cError(f"output {output} is a file, but a folder is written: choose another -o")
+
+
+def rejected(output: Path) -> Path:
+    """Where a result that failed verification is kept, so that nothing bad is deployed by accident."""
+    place = output.resolve()
+    return place.with_name(f"{place.name}.rejected")
+
+
+def failed(output: Path) -> Path:
+    """Where a result is kept whose plan could not be built, with what it takes to see the failure again."""
+    place = output.resolve()
+    return place.with_name(f"{place.name}.failed")
+
+
+class Scratch:
+    """A folder next to `output` that is to take its place.
+
+    Attributes:
+        folder: where to write.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._place = output.resolve()
+        self._created_parents = _make_parents(self._place.parent)
+        _remove_abandoned(self._place)
+        self.folder, self._lock = _locked_folder(self._place)
+
+    def publish(self, output: Path) -> None:
+        """Put the folder in the place of `output`, which lies on the same file system, and remove what was there.
+
+        Raises:
+            Pi05cError: as `check_output`, or the folder cannot be renamed.
+        """
+        check_output(output)
+        place = output.resolve()
+        _sync(self.folder)
+        if place.exists():
+            _exchange(self.folder, place)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self.folder.rename(place)
+        self._created_parents.clear()
+
+    def close(self) -> None:
+        """Remove the folder, unless it was published, and parents that were created for it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        for parent in self._created_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def scratch(output: Path) -> Iterator[Scratch]:
+    """A `Scratch` for `output` that is removed at the end unless it was published.
+
+    Raises:
+        Pi05cError: the folder cannot be written: read-only, full, or not permitted.
+    """
+    work: Scratch | None = None
+    try:
+        work = Scratch(output)
+        yield work
+    except OSError as error:
+        named = error.filename2 or error.filename or output
+        raise Pi05cError(f"{named} cannot be written: {_explained(error, output)}") from error
+    finally:
+        if work is not None:
+            work.close()
+
+
+def _explained(error: OSError, output: Path) -> str:
+    if error.errno in (errno.EBUSY, errno.EXDEV):
+        return f"{output} is a mount point or on another file system: choose a folder inside it"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space or choose another -o"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{(error.strerror or 'no permission').lower()}; choose an -o where you may write"
+    return (error.strerror or str(error)).lower()
+
+
+def _refuse_foreign_files(output: Path, place: Path) -> None:
+    found = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()}
+    if not found:
+        return
+    if MANIFEST not in found:
+        raise Pi05cError(
+            f"output {output} holds files but no {MANIFEST}, so it is not pi05c's to replace: choose another -o"
+        )
+    from pi05c.manifest import read_manifest
+
+    known = {MANIFEST, *_MADE_LATER, *read_manifest(place).files}
+    foreign = sorted(name for name in found - known if not name.startswith(f"{FAILED_BUILD}/"))
+    if foreign:
+        raise Pi05cError(
+            f"output {output} holds {foreign[0]!r}, which its {MANIFEST} does not name: move it away or choose "
+            "another -o"
+        )
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create `folder` and what is missing above it; the created folders, innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name}.partial-"
+
+
+def _locked_folder(place: Path) -> tuple[Path, int]:
+    """A new folder beside `place` and a descriptor that holds its lock while this process lives."""
+    while True:
+        folder = place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}")
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        if _lock(descriptor) and folder.exists():
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove scratch folders whose process is gone: nobody holds their lock."""
+    for folder in place.parent.glob(f"{_prefix(place)}*"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file to the disk, so that a power cut cannot leave a published folder of empty files."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders; in one step on Linux, elsewhere by two renames of which the first is undone on failure."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        _exchange_by_renames(new, old)
+        return
+    if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), str(old))
+    _exchange_by_renames(new, old)
+
+
+def _exchange_by_renames(new: Path, old: Path) -> None:
+    aside = old.with_name(f"{_prefix(old)}{secrets.token_hex(4)}")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
+
+
+__all__ = [
+    "FAILED_BUILD",
+    "GRAPH",
+    "MANIFEST",
+    "PLAN",
+    "REPORT",
+    "SAMPLES",
+    "SCRIPT",
+    "Scratch",
+    "check_output",
+    "failed",
+    "rejected",
+    "scratch",
+]

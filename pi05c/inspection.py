@@ -1,0 +1,171 @@
+"""What a graph or an engine folder is: inputs, outputs, precision by part, sizes, pipeline and provenance."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from pi05c.folder import GRAPH
+from pi05c.graph.dtypes import name_of
+from pi05c.graph.io import Model, load, scopes
+from pi05c.graph.weights import weight_of
+from pi05c.manifest import Manifest, PrecisionRecord, SourceRecord, TensorRecord, read_manifest, sha256
+from pi05c.precision import precision_of
+
+CONFIG_KEY = "pi05c.config"
+ROBOT_KEY = "pi05c.robot"
+RANDOM_KEY = "pi05c.weights_random"
+"""Entries of a model's metadata that `pi05c export` writes; the first two hold JSON, the last `true` or `false`."""
+
+
+@dataclass(frozen=True)
+class WeightTotal:
+    """How many weights of one type a graph stores, each counted once however often it is used."""
+
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `pi05c inspect` shows. `manifest` is None for a bare graph."""
+
+    path: Path
+    opset: int
+    nodes: int
+    operators: dict[str, int]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    weights: list[WeightTotal]
+    precision: list[PrecisionRecord]
+    source: SourceRecord
+    manifest: Manifest | None = None
+    files: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`; `manifest` is the folder's manifest as it is on disk."""
+        return {
+            "path": str(self.path),
+            "opset": self.opset,
+            "nodes": self.nodes,
+            "operators": self.operators,
+            "inputs": [record.model_dump() for record in self.inputs],
+            "outputs": [record.model_dump() for record in self.outputs],
+            "weights": [vars(total) for total in self.weights],
+            "precision": [record.model_dump() for record in self.precision],
+            "source": self.source.model_dump(),
+            "files": self.files,
+            "manifest": None if self.manifest is None else self.manifest.model_dump(),
+        }
+
+
+def inspect(path: Path | str) -> Inspection:
+    """Look at an engine folder or an ONNX file. Weights are not read.
+
+    Raises:
+        Pi05cError: it is neither.
+    """
+    path = Path(path)
+    manifest = read_manifest(path) if path.is_dir() else None
+    model = load(path / GRAPH if manifest is not None else path)
+    return Inspection(
+        path=path,
+        opset=int(model.graph.opset),
+        nodes=sum(len(scope.nodes) for scope in scopes(model.graph)),
+        operators=dict(
+            Counter(node.op for scope in scopes(model.graph) for node in scope.nodes).most_common()
+        ),
+        inputs=manifest.inputs if manifest else tensor_records(model.graph.inputs),
+        outputs=manifest.outputs if manifest else tensor_records(model.graph.outputs),
+        weights=weight_totals(model.graph),
+        precision=precision_of(model.graph),
+        source=manifest.source if manifest else source_of(model, hashed=False),
+        manifest=manifest,
+        files=_files(path, model) if manifest is None else _folder_files(path),
+    )
+
+
+def tensor_records(tensors: list[gs.Tensor]) -> list[TensorRecord]:
+    """Names, types and shapes of a graph's inputs or outputs; an unnamed dimension that may vary is `?`."""
+    return [
+        TensorRecord(
+            name=tensor.name,
+            dtype=name_of(tensor.dtype),
+            shape=[dim if isinstance(dim, (int, str)) else "?" for dim in tensor.shape or ()],
+        )
+        for tensor in tensors
+    ]
+
+
+def weight_totals(graph: gs.Graph) -> list[WeightTotal]:
+    """Number and size of the stored weights by type, the largest first."""
+    constants = {
+        id(tensor): tensor
+        for scope in scopes(graph)
+        for node in scope.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Constant)
+    }
+    weights = {id(weight): weight for weight in map(weight_of, constants.values())}
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for weight in weights.values():
+        counts[name_of(weight.dtype)] += 1
+        sizes[name_of(weight.dtype)] += weight.nbytes
+    return [WeightTotal(dtype, counts[dtype], size) for dtype, size in sizes.most_common()]
+
+
+def source_of(model: Model, *, hashed: bool = True) -> SourceRecord:
+    """Provenance of a graph: its own metadata, and the hash of its file and of its external data if `hashed`."""
+    metadata = dict(model.metadata)
+    random = metadata.get(RANDOM_KEY)
+    digest = ""
+    if hashed and model.path is not None:
+        digest = sha256([model.path, *data_files(model)])
+    return SourceRecord(
+        name="" if model.path is None else model.path.name,
+        sha256=digest,
+        opset=int(model.graph.opset),
+        weights_random=None if random is None else random.strip().lower() in ("true", "1", "yes"),
+        config=_json(metadata.pop(CONFIG_KEY, None)),
+        robot=_json(metadata.pop(ROBOT_KEY, None)),
+        metadata=metadata,
+    )
+
+
+def data_files(model: Model) -> list[Path]:
+    """The files that hold a loaded model's external weights."""
+    from pi05c.graph.weights import Stored
+
+    paths = {
+        weight.path
+        for scope in scopes(model.graph)
+        for node in scope.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Constant) and isinstance(weight := weight_of(tensor), Stored)
+    }
+    return sorted(paths)
+
+
+def _json(text: str | None) -> Any:
+    """A metadata entry that holds JSON; its text where it does not."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _files(path: Path, model: Model) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in (path, *data_files(model))}
+
+
+def _folder_files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

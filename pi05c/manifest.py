@@ -1,0 +1,228 @@
+"""`manifest.json`: what an engine folder holds, how it was made, and how good it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pi05c.folder import MANIFEST
+from pi05c.graph.errors import Pi05cError
+
+FORMAT = 1
+"""Raised whenever an older pi05c could not read what this one writes."""
+
+_READ_BYTES = 2**24
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Record):
+    """A file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+class TensorRecord(_Record):
+    """An input or output: `shape` holds sizes, and names where a dimension may vary.
+
+    `low` and `high` are the smallest and largest value seen over all samples; None where none were run.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+    low: float | None = None
+    high: float | None = None
+
+
+class SourceRecord(_Record):
+    """The plain graph that was compiled. `sha256` covers the graph and its weights."""
+
+    name: str
+    sha256: str
+    opset: int
+    weights_random: bool | None = None
+    config: Any = None
+    robot: Any = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class SkipRecord(_Record):
+    """A place that a pass recognised and left alone."""
+
+    where: str
+    reason: str
+
+
+class PassRecord(_Record):
+    """What one pass did, with every option it ran with."""
+
+    name: str
+    exact: bool
+    options: dict[str, Any]
+    changed: int
+    skipped: list[SkipRecord]
+    notes: list[str]
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+class PipelineRecord(_Record):
+    """`requested` is what was asked for; `resolved` names every pass with the options given for it."""
+
+    requested: str
+    resolved: str
+    passes: list[PassRecord]
+
+
+class PrecisionRecord(_Record):
+    """How many operators of one kind compute in one type, in one part of the model."""
+
+    part: str
+    kind: str
+    dtype: str
+    count: int
+
+
+class CalibrationRecord(_Record):
+    """The data that ranges were measured on. `used` and `held_back` count samples."""
+
+    source: str
+    sha256: str
+    synthetic: bool
+    used: int
+    held_back: int
+
+
+class ErrorRecord(_Record):
+    """Departure of one output of one sample from the float32 plain graph.
+
+    `relative_l2` is |result - reference| / |reference|, `sqnr_db` its inverse square in decibels (None where the
+    result is equal bit by bit), `max_abs` in the units of the output.
+    """
+
+    sample: int
+    output: str
+    relative_l2: float
+    cosine: float
+    sqnr_db: float | None
+    max_abs: float
+
+
+class VerificationRecord(_Record):
+    """The rewritten graph, run in onnxruntime, against the plain graph. `limit` holds for `relative_l2`."""
+
+    limit: float
+    passed: bool
+    errors: list[ErrorRecord]
+
+    def worst(self) -> ErrorRecord:
+        """The output of the sample with the largest relative L2 error; nan counts as largest."""
+        return max(self.errors, key=lambda error: (error.relative_l2 != error.relative_l2, error.relative_l2))
+
+
+class EngineRecord(_Record):
+    """The plan, or how it is to be built.
+
+    Attributes:
+        targets: GPUs by canonical name.
+        flavour: `tensorrt-rtx`, `tensorrt`, or None for a folder without a plan.
+        options: builder options beside the targets.
+        version: of the builder; None while there is no plan.
+        file: the plan; None while there is none.
+        reason: why there is no plan.
+    """
+
+    targets: list[str]
+    flavour: str | None
+    options: dict[str, Any] = Field(default_factory=dict)
+    version: str | None = None
+    file: str | None = None
+    seconds: float | None = None
+    reason: str | None = None
+
+
+class Manifest(_Record):
+    """Everything a robot's operator must know about an engine folder."""
+
+    format: Literal[1]
+    versions: dict[str, str]
+    source: SourceRecord
+    pipeline: PipelineRecord
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    precision: list[PrecisionRecord]
+    calibration: CalibrationRecord | None
+    verification: VerificationRecord | None
+    engine: EngineRecord
+    files: dict[str, FileRecord]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an engine folder.
+
+    Raises:
+        Pi05cError: there is none, it is damaged, or a newer pi05c wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Pi05cError(
+            f"{folder} is not an engine folder: it has no {MANIFEST}; pi05c MODEL.onnx -o {folder} makes one"
+        ) from error
+    except OSError as error:
+        raise Pi05cError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise Pi05cError(f"{path} is not JSON ({error}): compile the folder again") from error
+    written = found.get("format") if isinstance(found, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise Pi05cError(
+            f"{path} has format {written}, this pi05c reads up to {FORMAT}: use the pi05c that wrote it or a newer one"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise Pi05cError(
+            f"{path} is damaged at {where or 'its root'} ({first['msg']}): compile again"
+        ) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, in one step so that a reader never sees half of it."""
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file of a folder but its manifest, by path relative to the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256([path]))
+        for path in files
+        if path.name != MANIFEST
+    }
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""In which type each kind of operator of each part of the model computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.dtypes import is_float, name_of
+from pi05c.graph.edit import producer
+from pi05c.manifest import PrecisionRecord
+from pi05c.passes.patterns.attention import find_attention
+from pi05c.passes.patterns.flow import find_flow
+from pi05c.passes.patterns.linear import find_linears
+from pi05c.passes.patterns.norm import find_norms
+from pi05c.passes.patterns.parts import PARTS, parts_of
+from pi05c.passes.patterns.rope import find_rope
+from pi05c.passes.patterns.softmax import find_softmaxes
+from pi05c.passes.patterns.walk import each_node
+
+KINDS = ("convolution", "linear", "attention", "softmax", "norm", "RoPE", "flow accumulation")
+"""What is told apart, in the order in which it is shown. Attention stands for its two MatMuls."""
+
+LIMITS = {
+    "float64": 1e-5,
+    "float32": 1e-5,
+    "float16": 0.005,
+    "bfloat16": 0.02,
+    "float8e4m3fn": 0.05,
+    "float4e2m1": 0.1,
+}
+"""Largest relative L2 error of the actions that passes by default, by the narrowest type that computes.
+
+Measured on the project's small reference model: exact rewrites 1e-6, float16 0.001, FP8 everywhere 0.027 to 0.031,
+FP4 in the language model 0.050 to 0.072. bfloat16 keeps 8 significant bits where float16 keeps 11, hence four times
+float16's limit. Beyond its limit a result has a defect, not only rounding.
+"""
+
+
+def precision_of(graph: gs.Graph) -> list[PrecisionRecord]:
+    """Count operators by part, kind and type. A MatMul between two DequantizeLinear computes in what they read.
+
+    A type that is spelled `float16 x float8e4m3fn` is that of a MatMul with one side quantized; `mixed` stands for
+    a norm, softmax or RoPE whose nodes compute in several types.
+    """
+    parts = parts_of(graph)
+    counts = Counter((parts[id(node)], kind, dtype) for node, kind, dtype in _operators(graph))
+    order = {part: index for index, part in enumerate(PARTS)}
+    return [
+        PrecisionRecord(part=part, kind=kind, dtype=dtype, count=count)
+        for (part, kind, dtype), count in sorted(
+            counts.items(), key=lambda item: (order[item[0][0]], KINDS.index(item[0][1]), item[0][2])
+        )
+    ]
+
+
+def narrowest(records: Iterable[PrecisionRecord]) -> str:
+    """The type with the largest limit that anything computes in; float32 where nothing was found."""
+    used = {dtype for record in records for dtype in record.dtype.split(" x ") if dtype in LIMITS}
+    return max(used, key=LIMITS.__getitem__, default="float32")
+
+
+def default_limit(records: Iterable[PrecisionRecord]) -> float:
+    """The relative L2 error that a graph of this precision may have; see `LIMITS`."""
+    return LIMITS[narrowest(records)]
+
+
+def dtypes_of(graph: gs.Graph) -> set[str]:
+    """Every element type that a node of the graph or its bodies makes, by ONNX's name."""
+    return {
+        name_of(tensor.dtype)
+        for _, node in each_node(graph)
+        for tensor in node.outputs
+        if tensor.dtype is not None
+    }
+
+
+def _operators(graph: gs.Graph) -> Iterator[tuple[gs.Node, str, str]]:
+    for _, node in each_node(graph, "Conv"):
+        yield node, "convolution", _product(node)
+    for linear in find_linears(graph):
+        yield linear.node, "linear", _product(linear.node)
+    for attention in find_attention(graph)[0]:
+        yield attention.qk, "attention", _product(attention.qk)
+        yield attention.av, "attention", _product(attention.av)
+    for softmax in find_softmaxes(graph):
+        yield softmax.nodes[-1], "softmax", _arithmetic(softmax.nodes)
+    for norm in find_norms(graph):
+        yield norm.nodes[-1], "norm", _arithmetic(norm.nodes)
+    for rope in find_rope(graph):
+        yield rope.nodes[-1], "RoPE", _arithmetic(rope.nodes)
+    for step in find_flow(graph):
+        yield step.add, "flow accumulation", _arithmetic((step.add,))
+
+
+def _product(node: gs.Node) -> str:
+    """The type in which a MatMul, Gemm or Conv multiplies."""
+    sides = [_quantized_type(tensor) for tensor in node.inputs[:2]]
+    own = name_of(node.outputs[0].dtype)
+    if sides[0] == sides[1]:
+        return sides[0] or own
+    return " x ".join(side or own for side in sides)
+
+
+def _quantized_type(tensor: gs.Tensor) -> str | None:
+    node = producer(tensor)
+    if node is None or node.op != "DequantizeLinear":
+        return None
+    return name_of(node.inputs[0].dtype)
+
+
+def _arithmetic(nodes: Iterable[gs.Node]) -> str:
+    """The type of the outputs of nodes that are not casts."""
+    found = {
+        name_of(tensor.dtype)
+        for node in nodes
+        if node.op != "Cast"
+        for tensor in node.outputs
+        if is_float(tensor.dtype)
+    }
+    return found.pop() if len(found) == 1 else "mixed" if found else "?"
