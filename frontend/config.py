@@ -243,20 +243,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def parse_config(fields: Mapping[str, Any], name: str) -> Pi05Config:
+def parse_config(fields: Mapping[str, Any], name: str, defaults: Pi05Config | None = None) -> Pi05Config:
     """The configuration that a checkpoint's `config.json` describes, in openpi's or in LeRobot's field names.
 
     Args:
         fields: the parsed file.
         name: what to call it, in the result and in errors.
+        defaults: what to take for what the file leaves open; where it states something, both must agree.
 
     Raises:
-        Pi05cError: it describes another model, an unknown variant, contradicting sizes, or a field is no number.
+        Pi05cError: it describes another model, an unknown variant, contradicting sizes, or differs from `defaults`.
     """
     kind = fields.get("type", "pi05")
     if kind != "pi05" or fields.get("pi05") is False:
         raise Pi05cError(
-            f"the configuration of {name} describes a {kind if kind != 'pi05' else 'pi0'!s} model: "
+            f"the configuration of {name} describes a {kind if kind != 'pi05' else 'pi0'} model: "
             "pi05c compiles pi0.5 only"
         )
     for field, expected in (("min_period", TIME_MIN_PERIOD), ("max_period", TIME_MAX_PERIOD)):
@@ -265,28 +266,39 @@ def parse_config(fields: Mapping[str, Any], name: str) -> Pi05Config:
                 f"the configuration of {name} sets {field} to {fields[field]}, but pi0.5's time embedding is "
                 f"defined with {expected}"
             )
-    architecture = _architecture(fields, name)
+    base = defaults or Pi05Config(name, FULL)
+    architecture = _architecture(fields, name, base)
     size = architecture.vision.image_size
     resolution = fields.get("image_resolution", [size, size])
     if list(resolution) != [size, size]:
         raise Pi05cError(
             f"the configuration of {name} feeds images of {resolution}, but its image encoder takes {size} x {size}"
         )
-    state_in_prompt = fields.get("discrete_state_input")
+    state_in_prompt = fields.get("discrete_state_input", base.state_in_prompt)
     if state_in_prompt is None and "type" in fields:
         state_in_prompt = True  # LeRobot's pi0.5 preprocessor has no other mode
-    return Pi05Config(
+    config = Pi05Config(
         name=name,
         architecture=architecture,
-        action_dim=_integer(fields, ("action_dim", "max_action_dim"), DEFAULT_ACTION_DIM, name),
-        horizon=_integer(fields, ("action_horizon", "chunk_size"), DEFAULT_HORIZON, name),
-        prompt_length=_integer(
-            fields, ("max_token_len", "tokenizer_max_length"), DEFAULT_PROMPT_LENGTH, name
-        ),
-        views=len(camera_names(fields)) or DEFAULT_VIEWS,
-        steps=_integer(fields, ("num_inference_steps",), DEFAULT_STEPS, name),
+        action_dim=_integer(fields, ("action_dim", "max_action_dim"), base.action_dim, name),
+        horizon=_integer(fields, ("action_horizon", "chunk_size"), base.horizon, name),
+        prompt_length=_integer(fields, ("max_token_len", "tokenizer_max_length"), base.prompt_length, name),
+        views=len(camera_names(fields)) or base.views,
+        steps=_integer(fields, ("num_inference_steps",), base.steps, name),
         state_in_prompt=state_in_prompt,
     )
+    if defaults is not None:
+        differences = [
+            f"{field} {getattr(config, field)} instead of {getattr(defaults, field)}"
+            for field in ("architecture", "action_dim", "horizon", "prompt_length", "steps")
+            if getattr(config, field) != getattr(defaults, field)
+        ]
+        if differences:
+            raise Pi05cError(
+                f"{name} states {'; '.join(differences)} as in {defaults.name}: leave --config out, or name the one "
+                "that the checkpoint was trained with"
+            )
+    return config
 
 
 def camera_names(fields: Mapping[str, Any]) -> list[str]:
@@ -301,7 +313,7 @@ def camera_names(fields: Mapping[str, Any]) -> list[str]:
     return names + [name for name in empty if name not in names] if names else []
 
 
-def _architecture(fields: Mapping[str, Any], name: str) -> Architecture:
+def _architecture(fields: Mapping[str, Any], name: str, base: Pi05Config) -> Architecture:
     if "architecture" in fields:
         try:
             return TypeAdapter(Architecture).validate_python(fields["architecture"])
@@ -313,6 +325,8 @@ def _architecture(fields: Mapping[str, Any], name: str) -> Architecture:
             raise Pi05cError(
                 f"the architecture in the configuration of {name} is wrong: {reasons}"
             ) from error
+    if "paligemma_variant" not in fields and "action_expert_variant" not in fields:
+        return base.architecture
     variants = {
         field: fields.get(field, default)
         for field, default in (("paligemma_variant", "gemma_2b"), ("action_expert_variant", "gemma_300m"))

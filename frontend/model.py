@@ -11,10 +11,12 @@ The denoising step is one function, `Pi05.denoise_step`: `Pi05` runs it in a Pyt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ from pi05c.frontend.config import (
     Pi05Config,
     VisionSizes,
 )
+from pi05c.graph.dtypes import BFLOAT16
+from pi05c.graph.runner import Array
+from pi05c.graph.weights import Weight
 
 NORM_EPSILON = 1e-6
 """Epsilon of every RMSNorm (Gemma) and LayerNorm (SigLIP)."""
@@ -183,7 +188,7 @@ class GemmaAttention(nn.Module):
         return self.o_proj(mixed)  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.sizes.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.sizes.head_dim).transpose(1, 2)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -265,7 +270,7 @@ class ExpertLayer(nn.Module):
         values = torch.cat([prefix_values, values], dim=2)
         x = x + self.self_attn(normalized, keys, values, *suffix) * gate
         normalized, gate = self.post_attention_layernorm(x, condition)
-        return x + self.mlp(normalized) * gate
+        return x + self.mlp(normalized) * gate  # type: ignore[no-any-return]
 
 
 class Embedding(nn.Module):
@@ -364,7 +369,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         queries, keys, values = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(_attend(queries, keys, values, None))  # type: ignore[no-any-return]
@@ -490,6 +495,7 @@ class Pi05(nn.Module):
 
     rope_frequencies: Tensor
     time_frequencies: Tensor
+    action_offsets: Tensor
 
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -504,6 +510,7 @@ class Pi05(nn.Module):
             "rope_frequencies", rotary_frequencies(config.architecture.llm.head_dim), persistent=False
         )
         self.register_buffer("time_frequencies", time_frequencies(width), persistent=False)
+        self.register_buffer("action_offsets", torch.arange(config.horizon, device="cpu"), persistent=False)
 
     def forward(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_masks: Tensor, noise: Tensor
@@ -541,7 +548,7 @@ class Pi05(nn.Module):
         """[B, V, 3, S, S] -> [B, V, T, llm width]; all views go through the encoder as one batch."""
         model = self.paligemma_with_expert.paligemma.model
         features = model.multi_modal_projector(model.vision_tower.vision_model(images.flatten(0, 1)))
-        return features.unflatten(0, images.shape[:2])  # type: ignore[no-any-return]
+        return features.reshape(*images.shape[:2], *features.shape[1:])  # type: ignore[no-any-return]
 
     def read_prefix(
         self, features: Tensor, image_masks: Tensor, tokens: Tensor, token_masks: Tensor
@@ -557,7 +564,7 @@ class Pi05(nn.Module):
         both = valid[:, None, :, None] & valid[:, None, None, :]
         cache = language_model(prefix, *_rotary(counts.cumsum(1) - 1, self.rope_frequencies), _additive(both))
         horizon = self.config.horizon
-        positions = counts.sum(1, keepdim=True) + torch.arange(horizon)
+        positions = counts.sum(1, keepdim=True) + self.action_offsets
         cos, sin = _rotary(positions, self.rope_frequencies)
         visible = torch.cat([valid, torch.ones((batch, horizon), dtype=torch.bool)], dim=1)
         return cache, Suffix(cos, sin, _additive(visible[:, None, None, :]))
@@ -606,7 +613,9 @@ class LoopedPi05(Pi05):
             return (step + 1, *self.denoise_step(x, time, cache, suffix))
 
         start = torch.zeros((), dtype=torch.int64)
-        result: Sequence[Tensor] = while_loop(unfinished, body, (start, noise, self._start_time()))
+        result: Sequence[Tensor] = while_loop(  # type: ignore[no-untyped-call]
+            unfinished, body, (start, noise, self._start_time())
+        )
         return result[1]
 
 
@@ -626,4 +635,55 @@ def _additive(valid: Tensor) -> Tensor:
     return torch.where(valid, 0.0, MASKED)
 
 
-__all__ = ["Cache", "LoopedPi05", "Pi05", "Suffix", "Trace", "rotary_frequencies", "time_frequencies"]
+def parameter_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, the two output heads that nothing uses included."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Pi05(config).state_dict().items()}
+
+
+def torch_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Weights as tensors for `load_state_dict(..., assign=True)`; what lies in a file stays mapped.
+
+    The tensors share memory with the weights and must not be written to.
+    """
+    return {name: _tensor(weight.load()) for name, weight in weights.items()}
+
+
+def _tensor(values: Array) -> Tensor:
+    """torch has no way in for `ml_dtypes`, so bfloat16 goes through 16-bit integers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        if values.dtype == BFLOAT16:
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values)
+
+
+def load_policy(config: Pi05Config, weights: Mapping[str, Weight]) -> Pi05:
+    """The policy with these weights; parameters that nothing uses may be absent.
+
+    Raises:
+        KeyError: a parameter that the computation reads is absent.
+    """
+    with torch.device("meta"):
+        policy = Pi05(config)
+    needed = set(weights) & set(policy.state_dict())
+    result = policy.load_state_dict(
+        torch_weights({name: weights[name] for name in needed}), assign=True, strict=False
+    )
+    if absent := [name for name in result.missing_keys if not name.endswith("lm_head.weight")]:
+        raise KeyError(", ".join(absent))
+    return policy.eval()
+
+
+__all__ = [
+    "Cache",
+    "LoopedPi05",
+    "Pi05",
+    "Suffix",
+    "Trace",
+    "load_policy",
+    "parameter_shapes",
+    "rotary_frequencies",
+    "time_frequencies",
+    "torch_weights",
+]
