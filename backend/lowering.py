@@ -1,0 +1,244 @@
+"""Spells out for onnxruntime's CPU provider what it lacks, or computes in a wider format than the graph says.
+
+Measured with onnxruntime 1.32 at opsets 17, 19, 21 and 23:
+
+    - float16 has a kernel for every operator of a pi0.5 graph, but chains of them run in float32 throughout: the
+      provider drops the casts between them, so that nothing is rounded and nothing overflows at 65504.
+    - bfloat16 exists for what moves data (Reshape, Transpose, Concat, Split, Slice, Gather, ...), not for arithmetic,
+      Where, Expand, Tile, Pad (below 21), reductions, MatMul, QuantizeLinear or DequantizeLinear.
+    - FP8 exists for QuantizeLinear, DequantizeLinear and Cast, and from opset 21 on for Reshape and Transpose.
+
+Each such operator therefore runs in float32 on the values of the narrow type, and its result is rounded to that
+type by a Cast of its own, which onnxruntime keeps: one operator, one rounding. For operators that only move data
+this changes no bit. FLOAT4E2M1 and `trt::TRT_FP4DynamicQuantize` are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+import onnx.inliner
+from onnx import TensorProto
+
+from pi05c.graph.dtypes import name_of
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.sort import sort_proto
+
+_FLOW = frozenset({"Cast", "CastLike", "Constant", "Identity", "If", "Loop", "Scan", "Shape", "Size"})
+_MOVES = frozenset(
+    {
+        *(
+            "Concat",
+            "ConstantOfShape",
+            "Flatten",
+            "Gather",
+            "GatherND",
+            "Reshape",
+            "Slice",
+            "Split",
+            "Squeeze",
+        ),
+        *("Transpose", "Unsqueeze"),
+    }
+)
+_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_FLOAT16 = _FLOW | _MOVES | _QUANTIZERS | {"Expand", "Tile", "Where", "Pad", "GatherElements", "ScatterND"}
+_BFLOAT16 = _FLOW | _MOVES
+_FLOAT8 = _FLOW | _QUANTIZERS
+
+_FLOAT8_RESHAPED_FROM = 21
+"""Opset from which onnxruntime reshapes and transposes FP8."""
+
+_FLOAT8_TYPES = (
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+)
+_NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
+"""Types that onnxruntime's Python API neither takes from nor gives to numpy."""
+
+_TYPE_ATTRIBUTES = ("output_dtype", "dtype")
+_FP4_OPERATORS = ("TRT_FP4DynamicQuantize",)
+
+
+@dataclass
+class Lowered:
+    """A model that onnxruntime runs with the bits of the original.
+
+    Attributes:
+        changed: whether it differs from the original.
+        feeds: inputs that are fed as float32 under another name.
+        fetches: outputs that are fetched as float32 under another name.
+    """
+
+    model: onnx.ModelProto
+    changed: bool = False
+    feeds: dict[str, str] = field(default_factory=dict)
+    fetches: dict[str, str] = field(default_factory=dict)
+
+
+def lower(model: onnx.ModelProto) -> Lowered:
+    """Lower a model, whose weights may be external; the proto is consumed.
+
+    Raises:
+        Pi05cError: a node computes in FP4.
+    """
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    for graph in graphs_in(model.graph):
+        sort_proto(graph)
+    _refuse_fp4(model)
+    lowering = _Lowering(onnx.shape_inference.infer_shapes(model))
+    lowering.run()
+    return lowering.result if lowering.result.changed else Lowered(model)
+
+
+class _Scope:
+    """Tensor types and float32 copies that are visible in one graph."""
+
+    def __init__(self, graph: onnx.GraphProto, outer: _Scope | None) -> None:
+        self.graph = graph
+        self.outer = outer
+        self.types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            if value.type.HasField("tensor_type"):
+                self.types.setdefault(value.name, value.type.tensor_type.elem_type)
+        self.float32: dict[str, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def type_of(self, name: str) -> int:
+        """Element type of a tensor of this graph or one around it; UNDEFINED where inference did not find it."""
+        found: int | None = self.types.get(name)
+        if found is None:
+            return self.outer.type_of(name) if self.outer else TensorProto.UNDEFINED
+        return found
+
+    def float32_of(self, name: str) -> str | None:
+        """Name of the float32 copy of a tensor, where there is one already."""
+        return self.float32.get(name) or (self.outer.float32_of(name) if self.outer else None)
+
+
+class _Lowering:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.result = Lowered(model)
+        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        float8 = _FLOAT8 | {"Reshape", "Transpose"} if opset >= _FLOAT8_RESHAPED_FROM else _FLOAT8
+        self.native: Mapping[int, frozenset[str]] = {
+            TensorProto.FLOAT16: _FLOAT16,
+            TensorProto.BFLOAT16: _BFLOAT16,
+            **dict.fromkeys(_FLOAT8_TYPES, float8),
+        }
+        self.names = {
+            name
+            for graph in graphs_in(model.graph)
+            for name in (
+                *(value.name for value in (*graph.input, *graph.initializer)),
+                *(output for node in graph.node for output in node.output),
+            )
+        }
+
+    def run(self) -> None:
+        graph = self.result.model.graph
+        scope = _Scope(graph, None)
+        for value in graph.input:
+            if value.type.tensor_type.elem_type in _NOT_IN_NUMPY:
+                self._feed_as_float32(scope, value)
+        self._lower_nodes(scope)
+        for value in graph.output:
+            if value.type.tensor_type.elem_type in _NOT_IN_NUMPY:
+                self.result.fetches[value.name] = self._widen(scope, value.name)
+                value.name = self.result.fetches[value.name]
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        self._finish(scope)
+
+    def _lower_nodes(self, scope: _Scope) -> None:
+        for node in scope.graph.node:
+            for body in bodies_of(node):
+                inner = _Scope(body, scope)
+                self._lower_nodes(inner)
+                self._finish(inner)
+            self._lower_node(scope, node)
+
+    def _finish(self, scope: _Scope) -> None:
+        del scope.graph.node[:]
+        scope.graph.node.extend(scope.nodes)
+
+    def _lower_node(self, scope: _Scope, node: onnx.NodeProto) -> None:
+        casts = []
+        for index, name in enumerate(node.input):
+            if name and self._lacks(node, scope.type_of(name)):
+                node.input[index] = self._widen(scope, name)
+        for index, name in enumerate(node.output):
+            dtype = scope.type_of(name)
+            if name and self._lacks(node, dtype):
+                wide = self._new_name(name)
+                node.output[index] = wide
+                casts.append(_cast(wide, name, dtype))
+                self.result.changed = True
+                for attribute in node.attribute:
+                    if attribute.name in _TYPE_ATTRIBUTES and attribute.i == dtype:
+                        attribute.i = TensorProto.FLOAT
+        scope.nodes += [node, *casts]
+
+    def _lacks(self, node: onnx.NodeProto, dtype: int) -> bool:
+        return dtype in self.native and node.op_type not in self.native[dtype]
+
+    def _widen(self, scope: _Scope, name: str) -> str:
+        """The float32 copy of a tensor, made in this graph unless it is there already."""
+        wide = scope.float32_of(name)
+        if wide is None:
+            wide = scope.float32[name] = self._new_name(name)
+            scope.nodes.append(_cast(name, wide, TensorProto.FLOAT))
+            self.result.changed = True
+        return wide
+
+    def _feed_as_float32(self, scope: _Scope, value: onnx.ValueInfoProto) -> None:
+        fed = self.result.feeds[value.name] = self._new_name(value.name)
+        scope.nodes.append(_cast(fed, value.name, value.type.tensor_type.elem_type))
+        value.name = fed
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+        self.result.changed = True
+
+    def _new_name(self, name: str) -> str:
+        new = f"{name}__float32"
+        while new in self.names:
+            new += "_"
+        self.names.add(new)
+        return new
+
+
+def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], name=f"{target}__cast", to=dtype)
+
+
+def _refuse_fp4(model: onnx.ModelProto) -> None:
+    for graph in graphs_in(model.graph):
+        codes = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT4E2M1}
+        for node in graph.node:
+            if node.op_type in _FP4_OPERATORS or codes & set(node.input):
+                raise Pi05cError(
+                    f"node {node.name or node.output[0]!r} ({node.op_type}) computes in {name_of(TensorProto.FLOAT4E2M1)}, "
+                    "which the onnxruntime backend does not simulate: run the engine, or choose passes without FP4"
+                )
+
+
+def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and every subgraph inside it, outer before inner."""
+    yield graph
+    for node in graph.node:
+        for body in bodies_of(node):
+            yield from graphs_in(body)
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The subgraphs that a node holds, not those inside them."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+__all__ = ["Lowered", "bodies_of", "graphs_in", "lower"]
