@@ -1,0 +1,61 @@
+"""Fixtures that several parts share: the reference data, and a graph exported from the small reference checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+REFERENCE_PROMPT_LENGTH = 24
+"""Tokens of the reference cases, padding included."""
+
+CALIBRATION_SEED = 20
+CALIBRATION_SAMPLES = 8
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The small checkpoint with its reference cases (see `tests/data/README.md`)."""
+    return DATA / "pi05_tiny"
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of one run see, under pytest-xdist too."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
+    """`model.onnx`, exported from the reference checkpoint with batch 1, its calibration samples beside it.
+
+    The samples are seeded, and not marked synthetic: to a test they are observations like any other. The file is
+    shared: a test that writes beside it works on a copy.
+    """
+    pytest.importorskip("torch", reason="exporting the model needs the extra [torch]")
+    pytest.importorskip("onnxscript", reason="exporting the model needs the extra [torch]")
+    from filelock import FileLock  # a dependency of torch
+
+    from pi05c.frontend.config import CONFIGS
+    from pi05c.frontend.export import export_model
+    from pi05c.frontend.samples import synthetic_samples
+
+    folder = shared_tmp / "tiny_model"
+    model, done = folder / "model.onnx", folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.is_file():
+            folder.mkdir(exist_ok=True)
+            observations = folder / "observations.npz"
+            np.savez(
+                observations, **synthetic_samples(CONFIGS["pi05_tiny"], CALIBRATION_SEED, CALIBRATION_SAMPLES)
+            )
+            export_model(
+                reference_dir, model, prompt_length=REFERENCE_PROMPT_LENGTH, calibration=[observations]
+            )
+            done.touch()
+    return model
