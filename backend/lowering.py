@@ -60,6 +60,7 @@ _FLOAT8_TYPES = (
 _NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
 """Types that onnxruntime's Python API neither takes from nor gives to numpy."""
 
+_ONNX_DOMAINS = ("", "ai.onnx")
 _TYPE_ATTRIBUTES = ("output_dtype", "dtype")
 _FP4_OPERATORS = ("TRT_FP4DynamicQuantize",)
 
@@ -84,14 +85,14 @@ def lower(model: onnx.ModelProto) -> Lowered:
     """Lower a model, whose weights may be external; the proto is consumed.
 
     Raises:
-        Pi05cError: a node computes in FP4.
+        Pi05cError: a node computes in FP4, or the types of a graph contradict each other.
     """
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     for graph in graphs_in(model.graph):
         sort_proto(graph)
     _refuse_fp4(model)
-    lowering = _Lowering(onnx.shape_inference.infer_shapes(model))
+    lowering = _Lowering(_with_types(model))
     lowering.run()
     return lowering.result if lowering.result.changed else Lowered(model)
 
@@ -124,7 +125,7 @@ class _Scope:
 class _Lowering:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.result = Lowered(model)
-        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        opset = next((entry.version for entry in model.opset_import if entry.domain in _ONNX_DOMAINS), 0)
         float8 = _FLOAT8 | {"Reshape", "Transpose"} if opset >= _FLOAT8_RESHAPED_FROM else _FLOAT8
         self.native: Mapping[int, frozenset[str]] = {
             TensorProto.FLOAT16: _FLOAT16,
@@ -212,6 +213,25 @@ class _Lowering:
 
 def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], name=f"{target}__cast", to=dtype)
+
+
+def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the type of every tensor as its operators define it.
+
+    What the file states for them is forgotten first, since an edit may have left it stale, except for the results of
+    operators that are not ONNX's own.
+    """
+    for graph in graphs_in(model.graph):
+        foreign = {name for node in graph.node if node.domain not in _ONNX_DOMAINS for name in node.output}
+        kept = [value for value in graph.value_info if value.name in foreign]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        raise Pi05cError(
+            f"the types of the graph contradict each other: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _refuse_fp4(model: onnx.ModelProto) -> None:

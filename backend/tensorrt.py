@@ -415,7 +415,10 @@ def _take_event(
 def _write_reproducer(folder: Path, request: Request, options: BuildOptions, run: _Run) -> Path:
     """Leave in `folder` what it takes to see a failure again; returns the script."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "request.json").write_text(replace(request, plan="model.engine").to_json())
+    model = Path(request.model)
+    if model.parent == folder.absolute().parent:  # so that the two may move together
+        model = Path("..", model.name)
+    (folder / "request.json").write_text(replace(request, model=str(model), plan="model.engine").to_json())
     (folder / "build.log").write_text("\n".join(run.log) + "\n")
     versions = {name: metadata.version(name) for name in ("pi05c", "polygraphy", "onnx")}
     versions[options.flavour.value] = installed_version(options.flavour) or "unknown"
@@ -425,7 +428,7 @@ def _write_reproducer(folder: Path, request: Request, options: BuildOptions, run
     script = folder / "reproduce.sh"
     script.write_text(
         "#!/bin/sh\n"
-        f"# Builds {request.model} again as it failed; the log of the failure is in build.log.\n"
+        f"# Builds {model} again as it failed; the log of the failure is in build.log.\n"
         'cd "$(dirname "$0")" || exit 1\n'
         f"exec {shlex.join(WORKER_COMMAND)} request.json\n"
     )

@@ -1,0 +1,335 @@
+"""Runs in onnxruntime: the same bits as the graph's types say, and errors that name the input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from small_graphs import SCALE, node, quantized, write_fp8_linear, write_model
+
+from pi05c.backend.lowering import lower
+from pi05c.backend.onnxruntime import OnnxRuntimeRunner, load_runner
+from pi05c.graph.errors import Pi05cError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+ONNX_TYPE = {BFLOAT16: TensorProto.BFLOAT16, FLOAT16: TensorProto.FLOAT16}
+
+Array = npt.NDArray[Any]
+
+
+def random(shape: tuple[int, ...], dtype: np.dtype[Any], seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def wide(values: Array) -> Array:
+    return values.astype(np.float32)
+
+
+def softmax(values: Array) -> Array:
+    powers = np.exp(values - values.max(-1, keepdims=True))
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_each_operator_rounds_once(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+    """A chain of operators equals float32 arithmetic on rounded values, to the last bit."""
+    number = ONNX_TYPE[dtype]
+    x, w = random((48, 64), dtype, 1), random((64, 32), dtype, 2)
+    path = write_model(
+        tmp_path / "chain.onnx",
+        [
+            node("Exp", ["x"], ["e"]),
+            node("Mul", ["e", "x"], ["m"]),
+            node("Abs", ["m"], ["a"]),
+            node("Sqrt", ["a"], ["s"]),
+            node("MatMul", ["s", "w"], ["p"]),
+            node("Transpose", ["p"], ["t"], perm=[1, 0]),
+            node("Softmax", ["t"], ["q"]),
+            node("Concat", ["q", "t"], ["y"], axis=0),
+        ],
+        [("x", number, [48, 64])],
+        [("y", number, [64, 48])],
+        {"w": w},
+        external=True,
+    )
+
+    def rounded(values: Array) -> Array:
+        return values.astype(dtype)
+
+    s = rounded(np.sqrt(np.abs(wide(rounded(wide(rounded(np.exp(wide(x)))) * wide(x))))))
+    t = rounded(wide(s) @ wide(w)).T
+    expected = np.concatenate([rounded(softmax(wide(t))), t])
+    result = load_runner(path).run({"x": x})["y"]
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(wide(result), wide(expected))
+
+
+def test_float16_overflows_where_it_should(tmp_path: Path) -> None:
+    """300 * 300 exceeds 65504; onnxruntime alone would carry it through in float32."""
+    path = write_model(
+        tmp_path / "square.onnx",
+        [node("Mul", ["x", "x"], ["square"]), node("Sqrt", ["square"], ["y"])],
+        [("x", TensorProto.FLOAT16, [2])],
+        [("y", TensorProto.FLOAT16, [2])],
+    )
+    result = load_runner(path).run({"x": np.array([200, 300], np.float16)})["y"]
+    np.testing.assert_array_equal(result, np.array([200, np.inf], np.float16))
+
+
+def test_fp8_linear(tmp_path: Path) -> None:
+    path = write_fp8_linear(tmp_path / "model.onnx")
+    x = random((16, 64), FLOAT16, 3)
+    weight = quantized(np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32), SCALE)
+
+    def dequantized(codes: Array) -> Array:
+        return wide((wide(codes) * np.float32(SCALE)).astype(np.float16))
+
+    expected = (dequantized(quantized(x, SCALE)) @ dequantized(weight)).astype(np.float16)
+    np.testing.assert_array_equal(load_runner(path).run({"x": x})["y"], expected)
+
+
+def test_bfloat16_quantization(tmp_path: Path) -> None:
+    scale = np.asarray(0.01, BFLOAT16)
+    path = write_model(
+        tmp_path / "model.onnx",
+        [
+            node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+            node("DequantizeLinear", ["codes", "scale"], ["y"]),
+        ],
+        [("x", TensorProto.BFLOAT16, [8, 8])],
+        [("y", TensorProto.BFLOAT16, [8, 8])],
+        {"scale": scale, "zero": np.zeros((), FLOAT8)},
+    )
+    x = random((8, 8), BFLOAT16, 4)
+    expected = (wide(quantized(x, scale)) * wide(scale)).astype(BFLOAT16)
+    result = load_runner(path).run({"x": x})["y"]
+    np.testing.assert_array_equal(wide(result), wide(expected))
+
+
+@pytest.mark.parametrize("opset", [19, 21])
+def test_moving_fp8_keeps_every_code(tmp_path: Path, opset: int) -> None:
+    """All 256 codes, of which two are NaN, go through operators that onnxruntime has not for FP8."""
+    path = write_model(
+        tmp_path / "moves.onnx",
+        [
+            node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            node("Reshape", ["t", "shape"], ["r"]),
+            node("Concat", ["r", "r"], ["c"], axis=0),
+            node("Split", ["c", "sizes"], ["first", "second"], axis=0),
+            node("Expand", ["second", "expanded"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT8E4M3FN, [2, 128])],
+        [("y", TensorProto.FLOAT8E4M3FN, [2, 312])],
+        {
+            "shape": np.array([256], np.int64),
+            "sizes": np.array([200, 312], np.int64),
+            "expanded": np.array([2, 312], np.int64),
+        },
+        opset=opset,
+    )
+    x = np.arange(256, dtype=np.uint8).view(FLOAT8).reshape(2, 128)
+    doubled = np.concatenate([x.T.reshape(256)] * 2)[200:]
+    result = load_runner(path).run({"x": x})["y"]
+    assert result.dtype == FLOAT8
+    np.testing.assert_array_equal(wide(result), wide(np.broadcast_to(doubled, (2, 312))))
+
+
+def write_loop(path: Path) -> Path:
+    """Three times `state = state * w` in bfloat16, with `w` captured from outside."""
+    body = helper.make_graph(
+        [node("Identity", ["go"], ["go_on"]), node("Mul", ["state", "w"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.BFLOAT16, [4]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.BFLOAT16, [4]),
+        ],
+    )
+    return write_model(
+        path,
+        [
+            node("Cast", ["x"], ["start"], to=TensorProto.BFLOAT16),
+            node("Loop", ["trips", "", "start"], ["end"], body=body),
+            node("Cast", ["end"], ["y"], to=TensorProto.FLOAT),
+        ],
+        [("x", TensorProto.FLOAT, [4])],
+        [("y", TensorProto.FLOAT, [4])],
+        {"trips": np.array(3, np.int64), "w": np.array([1.01, 0.99, 3, 0.1], BFLOAT16)},
+    )
+
+
+def test_loop_bodies_are_lowered(tmp_path: Path) -> None:
+    x = np.array([1.3, 1.7, -0.6, 1e-3], np.float32)
+    state, factor = x.astype(BFLOAT16), wide(np.array([1.01, 0.99, 3, 0.1], BFLOAT16))
+    for _ in range(3):
+        state = (wide(state) * factor).astype(BFLOAT16)
+    result = load_runner(write_loop(tmp_path / "loop.onnx")).run({"x": x})["y"]
+    np.testing.assert_array_equal(result, wide(state))
+
+
+def test_names_of_copies_avoid_those_of_the_graph(tmp_path: Path) -> None:
+    path = write_model(
+        tmp_path / "names.onnx",
+        [node("Neg", ["x"], ["x__float32"]), node("Add", ["x__float32", "x"], ["y"])],
+        [("x", TensorProto.BFLOAT16, [2])],
+        [("y", TensorProto.BFLOAT16, [2])],
+    )
+    x = np.array([1, 2], BFLOAT16)
+    np.testing.assert_array_equal(wide(load_runner(path).run({"x": x})["y"]), [0, 0])
+
+
+def test_a_float32_graph_on_bfloat16_weights_is_left_alone(tmp_path: Path) -> None:
+    w = random((8, 4), BFLOAT16, 5)
+    path = write_model(
+        tmp_path / "plain.onnx",
+        [
+            node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
+            node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+            node("MatMul", ["x", "turned"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, [2, 4])],
+        [("y", TensorProto.FLOAT, [2, 8])],
+        {"w": w},
+        external=True,
+    )
+    assert not lower(onnx.load_model(path, load_external_data=False)).changed
+    x = random((2, 4), np.dtype(np.float32), 6)
+    np.testing.assert_allclose(load_runner(path).run({"x": x})["y"], x @ wide(w).T, rtol=1e-6)
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    domain = "small"
+    twice = helper.make_function(
+        domain, "Twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 21)]
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Twice", ["x"], ["y"], domain=domain)],
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2])],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    path = tmp_path / "function.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[twice], ir_version=10), path)
+    result = load_runner(path).run({"x": np.array([1.5, 2], BFLOAT16)})["y"]
+    np.testing.assert_array_equal(wide(result), [3, 4])
+
+
+@pytest.mark.parametrize("kind", ["codes", "operator"])
+def test_fp4_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "fp4.onnx"
+    if kind == "codes":
+        first = node("DequantizeLinear", ["codes", "scale"], ["w"], block_size=16, axis=1)
+        weights: dict[str, Array] = {
+            "codes": np.zeros((4, 16), ml_dtypes.float4_e2m1fn),
+            "scale": np.ones((4, 1), np.float32),
+        }
+    else:
+        first = helper.make_node(
+            "TRT_FP4DynamicQuantize", ["x", "scale"], ["w", "block_scales"], name="make_w", domain="trt"
+        )
+        weights = {"scale": np.ones((), np.float32)}
+    nodes = [first, node("Identity", ["w"], ["y"])]
+    value = ("y", TensorProto.FLOAT, [4, 16])
+    write_model(path, nodes, [("x", TensorProto.FLOAT, [4, 16])], [value], weights, opset=23)
+    with pytest.raises(Pi05cError, match=r"node 'make_w' .* float4e2m1.*does not simulate"):
+        load_runner(path)
+
+
+def test_only_what_an_output_needs_is_run(tmp_path: Path) -> None:
+    """The other output comes from an operator that no one has, so that running it would fail."""
+    path = write_model(
+        tmp_path / "two.onnx",
+        [node("Neg", ["x"], ["y"]), node("NoSuchOperator", ["x"], ["z"])],
+        [("x", TensorProto.FLOAT, [2])],
+        [("y", TensorProto.FLOAT, [2]), ("z", TensorProto.FLOAT, [2])],
+    )
+    runner = OnnxRuntimeRunner(path, outputs=["y"])
+    assert list(runner.run({"x": np.ones(2, np.float32)})) == ["y"]
+    with pytest.raises(Pi05cError, match=r"onnxruntime cannot load .*NoSuchOperator"):
+        load_runner(path)
+    with pytest.raises(Pi05cError, match="has no output w: its outputs are y, z"):
+        load_runner(path, outputs=["w"])
+
+
+def test_outputs_of_a_loop_keep_what_the_body_captures(tmp_path: Path) -> None:
+    path = write_loop(tmp_path / "loop.onnx")
+    x = {"x": np.ones(4, np.float32)}
+    np.testing.assert_array_equal(load_runner(path, outputs=["y"]).run(x)["y"], load_runner(path).run(x)["y"])
+
+
+@pytest.fixture
+def prompt_runner(tmp_path: Path) -> OnnxRuntimeRunner:
+    """Takes `tokens` of 200 and `images` with a batch that both share."""
+    path = write_model(
+        tmp_path / "prompt.onnx",
+        [
+            node("Cast", ["tokens"], ["t"], to=TensorProto.FLOAT),
+            node("MatMul", ["images", "t"], ["y"]),
+        ],
+        [("images", TensorProto.FLOAT, ["batch", "batch"]), ("tokens", TensorProto.INT64, ["batch", 200])],
+        [("y", TensorProto.FLOAT, ["batch", 200])],
+    )
+    return OnnxRuntimeRunner(path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"tokens": ((1, 200), np.int64)},
+            r"missing input 'images': the graph takes images: float32\[batch,batch\]",
+        ),
+        (
+            {"tokens": ((1, 200), np.int64), "images": ((1, 1), np.float32), "state": ((1,), np.float32)},
+            "unknown input 'state': the graph takes images",
+        ),
+        (
+            {"tokens": ((1, 200), np.int32), "images": ((1, 1), np.float32)},
+            "input 'tokens' holds int32, but the graph takes int64",
+        ),
+        (
+            {"tokens": ((200,), np.int64), "images": ((1, 1), np.float32)},
+            r"input 'tokens' has 1 dimensions, \[200\], but the graph takes tokens: int64\[batch,200\]",
+        ),
+        (
+            {"tokens": ((1, 208), np.int64), "images": ((1, 1), np.float32)},
+            r"input 'tokens' has shape \[1, 208\], .* dimension 1 is 208 instead of 200; .*export the model",
+        ),
+        (
+            {"tokens": ((2, 200), np.int64), "images": ((1, 1), np.float32)},
+            "dimension 0 is 2 instead of 1, as 'images' has",
+        ),
+    ],
+)
+def test_input_errors_name_the_input(
+    prompt_runner: OnnxRuntimeRunner, inputs: dict[str, tuple[tuple[int, ...], Any]], message: str
+) -> None:
+    with pytest.raises(Pi05cError, match=message) as error:
+        prompt_runner.run({name: np.zeros(shape, dtype) for name, (shape, dtype) in inputs.items()})
+    assert error.value.exit_code == 1
+
+
+def test_right_inputs_run(prompt_runner: OnnxRuntimeRunner) -> None:
+    inputs = {"images": np.full((3, 3), 2, np.float32), "tokens": np.ones((3, 200), np.int64)}
+    np.testing.assert_array_equal(prompt_runner.run(inputs)["y"], np.full((3, 200), 6, np.float32))
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(Pi05cError, match=r"absent\.onnx cannot be read: No such file"):
+        load_runner(tmp_path / "absent.onnx")
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(Pi05cError, match=r"text\.onnx cannot be read as an ONNX model"):
+        load_runner(tmp_path / "text.onnx")
