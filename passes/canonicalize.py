@@ -11,7 +11,7 @@ from pi05c.graph.io import scopes
 from pi05c.graph.weights import InMemory
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.fold_constants import fold_constants, transpose_before_cast
-from pi05c.passes.patterns.walk import each_node, is_output, rank, scalar, static_shape
+from pi05c.passes.patterns.walk import each_node, output_ids, rank, scalar, static_shape
 from pi05c.passes.retype import remove_redundant_casts
 
 
@@ -38,8 +38,9 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
         ctx.changed(name)
     for name in fold_constants(graph):
         ctx.changed(name)
+    outputs = output_ids(graph)
     for scope, node in list(each_node(graph)):
-        if _is_no_op(node) and not is_output(node.outputs[0], graph):
+        if _is_no_op(node) and id(node.outputs[0]) not in outputs:
             ctx.changed(node)
             editors[id(scope)].replace_uses(node.outputs[0], node.inputs[0])
     for _ in range(remove_redundant_casts(graph)):
@@ -65,11 +66,11 @@ def _name_everything(graph: gs.Graph, ctx: PassContext) -> None:
 
 
 def _static_shapes(graph: gs.Graph) -> list[str]:
-    folded = []
+    folded, outputs = [], output_ids(graph)
     for _, node in list(each_node(graph, "Shape", "Size")):
         shape = static_shape(node.inputs[0])
         output = node.outputs[0]
-        if shape is None or is_output(output, graph):
+        if shape is None or id(output) in outputs:
             continue
         values = np.asarray(shape[node.attrs.get("start", 0) : node.attrs.get("end", None)], np.int64)
         node.outputs.clear()

@@ -9,7 +9,7 @@ from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import producer, replace_input
 from pi05c.graph.weights import InMemory, array_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.walk import each_node, is_output
+from pi05c.passes.patterns.walk import each_node, output_ids
 
 
 @graph_pass(exact=False)
@@ -19,6 +19,7 @@ def disable_conv2d_quant(graph: gs.Graph, ctx: PassContext) -> None:
     A patch embedding has three input channels, gains nothing from 8 bits and loses much. Q/DQ that other nodes
     read too stay for those. A weight stored quantized is dequantized at compile time.
     """
+    outputs = output_ids(graph)
     convolutions = list(each_node(graph, "Conv", "ConvTranspose"))
     if not convolutions:
         ctx.skip("graph", "it has no Conv")
@@ -30,10 +31,10 @@ def disable_conv2d_quant(graph: gs.Graph, ctx: PassContext) -> None:
                 conv.inputs[index] = unquantized
                 changed = True
         for quantize in list(conv.outputs[0].outputs):
-            if quantize.op != "QuantizeLinear" or is_output(quantize.outputs[0], graph):
+            if quantize.op != "QuantizeLinear" or id(quantize.outputs[0]) in outputs:
                 continue
             for dequantize in list(quantize.outputs[0].outputs):
-                if dequantize.op == "DequantizeLinear" and not is_output(dequantize.outputs[0], graph):
+                if dequantize.op == "DequantizeLinear" and id(dequantize.outputs[0]) not in outputs:
                     for user in list(dequantize.outputs[0].outputs):
                         replace_input(user, dequantize.outputs[0], conv.outputs[0])
                     changed = True

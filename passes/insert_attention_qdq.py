@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -10,10 +11,11 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.dtypes import FLOAT32, to_numpy
 from pi05c.graph.edit import Editor, producer
 from pi05c.graph.io import scopes
+from pi05c.graph.ranges import Ranges
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.attention import Attention, find_attention
+from pi05c.passes.patterns.attention import Attention, Chunk, find_attention
 from pi05c.passes.patterns.parts import parts_of
-from pi05c.passes.patterns.walk import origin
+from pi05c.passes.patterns.walk import origin, scalar, static_shape
 from pi05c.passes.quantize import E4M3_MAX, Quantizer, is_quantized, scale_of, working_precision
 
 PROBABILITY_AMAX = 1.0
@@ -23,18 +25,22 @@ PROBABILITY_AMAX = 1.0
 def _factors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]:
     attentions, _ = find_attention(graph)
     for attention in attentions:
-        yield from (*attention.qk.inputs, attention.av.inputs[1])
+        for chunk in attention.chunks:
+            yield from (*chunk.qk.inputs, chunk.av.inputs[1])
 
 
 @graph_pass(
     exact=False, after=("lower_precision", "pin_fp32", "quantize_linears"), min_opset=19, ranges=_factors
 )
-def insert_attention_qdq(graph: gs.Graph, ctx: PassContext, *, vision: bool = False) -> None:
+def insert_attention_qdq(
+    graph: gs.Graph, ctx: PassContext, *, vision: bool = False, min_keys: int = 64
+) -> None:
     """Quantize Q, K, V and the probabilities of each attention to FP8, all four or none.
 
     K's transpose stays above its quantize and 1/sqrt(d) moves above Q's, so that nothing stands between a
-    dequantize and its MatMul. The probabilities' scale is 1/448. The vision tower's attention is left alone unless
-    `vision` says otherwise: with head sizes such as 72 its fused kernels gain nothing from FP8.
+    dequantize and its MatMul. The probabilities' scale is 1/448. Where keys come in several chunks, a chunk of
+    fewer than `min_keys` keys keeps the working precision: quantizing the few keys of the actions themselves costs
+    more time than it saves. The vision tower's attention is left alone unless `vision` says otherwise.
     """
     parts = parts_of(graph)
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
@@ -49,61 +55,81 @@ def insert_attention_qdq(graph: gs.Graph, ctx: PassContext, *, vision: bool = Fa
             ctx.skip(attention.name, reason)
             continue
         assert ctx.ranges is not None
-        factor = float(np.prod([value for _, value in attention.scales]))
-        tensors = {"q": attention.qk.inputs[0], "k": attention.qk.inputs[1], "v": attention.av.inputs[1]}
-        scales: dict[str, np.ndarray] = {}
-        for key, tensor in tensors.items():
-            dtype = working_precision(attention.qk if key in "qk" else attention.av)
-            amax = ctx.ranges.amax(tensor)
-            scale = None
-            if amax is not None and dtype is not None:
-                scale = scale_of(amax * abs(factor) if key == "q" else amax, dtype)
-            if scale is not None:
-                scales[key] = scale
-        missing = [key for key in tensors if key not in scales]
-        if missing:
-            names = ", ".join(repr(tensors[key].name) for key in missing)
-            ctx.skip(attention.name, f"{names} has no usable range")
-            continue
-        _quantize(attention, quantizers[id(attention.scope)], factor, scales)
-        ctx.changed(attention.name)
+        chosen: list[tuple[Chunk, _Scales]] = []
+        for chunk in attention.chunks:
+            keys = static_shape(chunk.qk.inputs[1])
+            if len(attention.chunks) > 1 and keys is not None and keys[-1] < min_keys:
+                ctx.skip(chunk.qk, f"its chunk of {keys[-1]} keys is too small to gain from FP8")
+                continue
+            scales = _scales(attention, chunk, ctx.ranges)
+            if isinstance(scales, str):
+                ctx.skip(chunk.qk, scales)
+            else:
+                chosen.append((chunk, scales))
+        if chosen:
+            _quantize(attention, chosen, quantizers[id(attention.scope)])
+            ctx.changed(attention.name)
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of Q (1/sqrt(d) included), K and V."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
 
 
 def _obstacle(attention: Attention) -> str:
-    factors = (*attention.qk.inputs, *attention.av.inputs)
+    factors = [tensor for chunk in attention.chunks for tensor in (*chunk.qk.inputs, *chunk.av.inputs)]
     quantized = [is_quantized(tensor) for tensor in factors]
-    if all(quantized):
-        return "it is quantized already"
     if any(quantized):
-        return "some of Q, K, V and the probabilities are quantized already, not all"
+        return "it is quantized already" if all(quantized) else "some of its factors are quantized already"
     if any(isinstance(tensor, gs.Constant) for tensor in factors):
         return "one of its factors is a constant"
     return ""
 
 
-def _quantize(
-    attention: Attention, quantizer: Quantizer, factor: float, scales: dict[str, np.ndarray]
-) -> None:
+def _scales(attention: Attention, chunk: Chunk, ranges: Ranges) -> _Scales | str:
+    factor = abs(_factor(attention))
+    found = []
+    for node, tensor, multiple in (
+        (chunk.qk, chunk.qk.inputs[0], factor),
+        (chunk.qk, chunk.qk.inputs[1], 1.0),
+        (chunk.av, chunk.av.inputs[1], 1.0),
+    ):
+        amax, dtype = ranges.amax(tensor), working_precision(node)
+        scale = None if amax is None or dtype is None else scale_of(amax * multiple, dtype)
+        if scale is None:
+            return f"{tensor.name!r} has no usable range"
+        found.append(scale)
+    return _Scales(*found)
+
+
+def _factor(attention: Attention) -> float:
+    return float(np.prod([value for _, value in attention.scales]))
+
+
+def _quantize(attention: Attention, chosen: list[tuple[Chunk, _Scales]], quantizer: Quantizer) -> None:
     editor = quantizer.editor
-    qk, av = attention.qk, attention.av
+    factor = _factor(attention)
     for node, _ in attention.scales:
-        source = node.inputs[0] if _leads_to_logits(node.inputs[0], attention) else node.inputs[1]
-        editor.replace_uses(node.outputs[0], source)
-    query = qk.inputs[0]
+        logits = next(tensor for tensor in node.inputs if scalar(tensor) is None)
+        editor.replace_uses(node.outputs[0], logits)
     if factor != 1.0:
-        query = _scaled(query, factor, editor)
-    qk.inputs[0] = quantizer.activation(query, scales["q"])
-    qk.inputs[1] = quantizer.activation(qk.inputs[1], scales["k"])
-    dtype = working_precision(av)
-    one = np.asarray(PROBABILITY_AMAX / E4M3_MAX).astype(dtype)
-    av.inputs[0] = quantizer.activation(av.inputs[0], one)
-    av.inputs[1] = quantizer.activation(av.inputs[1], scales["v"])
-
-
-def _leads_to_logits(tensor: gs.Tensor, attention: Attention) -> bool:
-    """Whether a tensor is the logits' side of a node between QK^T and the softmax."""
-    node = producer(tensor)
-    return node is not None and (node is attention.qk or any(node is other for other in attention.between))
+        scaled: dict[int, gs.Tensor] = {}
+        for chunk in attention.chunks:
+            query = chunk.qk.inputs[0]
+            if id(query) not in scaled:
+                scaled[id(query)] = _scaled(query, factor, editor)
+            chunk.qk.inputs[0] = scaled[id(query)]
+    for chunk, scales in chosen:
+        qk, av = chunk.qk, chunk.av
+        one = np.asarray(PROBABILITY_AMAX / E4M3_MAX).astype(working_precision(av))
+        qk.inputs[0] = quantizer.activation(qk.inputs[0], scales.query)
+        qk.inputs[1] = quantizer.activation(qk.inputs[1], scales.key)
+        av.inputs[0] = quantizer.activation(av.inputs[0], one)
+        av.inputs[1] = quantizer.activation(av.inputs[1], scales.value)
 
 
 def _scaled(query: gs.Tensor, factor: float, editor: Editor) -> gs.Tensor:

@@ -8,9 +8,18 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
 from pi05c.passes.patterns.softmax import Softmax, find_softmaxes
-from pi05c.passes.patterns.walk import consumers, is_output, origin, scalar
+from pi05c.passes.patterns.walk import consumers, made_by, origin, output_ids, scalar
 
+_BEFORE_SPLIT = frozenset({"Cast", "Identity", "Reshape"})
 _AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Reshape", "QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The two MatMuls over one part of the keys and values."""
+
+    qk: gs.Node
+    av: gs.Node
 
 
 @dataclass(frozen=True)
@@ -20,19 +29,31 @@ class Attention:
     Attributes:
         scope: the graph that holds it.
         softmax: the softmax in the middle.
-        qk, av: the two MatMuls.
-        between: the nodes from `qk` to the softmax, in order: Cast, the scale's Mul or Div, the mask's Add or Where.
+        chunks: its MatMuls: one pair, or one for each part of keys and values whose logits are concatenated.
+        join: the Concat of the logits of several chunks.
+        between: the nodes from the logits to the softmax, in order: Cast, the scale's Mul or Div, the mask's Add or
+            Where.
         scales: those of `between` that multiply the unmasked logits by a constant, with the factor.
         masked: whether a mask is added or selected.
     """
 
     scope: gs.Graph
     softmax: Softmax
-    qk: gs.Node
-    av: gs.Node
+    chunks: tuple[Chunk, ...]
+    join: gs.Node | None
     between: tuple[gs.Node, ...]
     scales: tuple[tuple[gs.Node, float], ...]
     masked: bool
+
+    @property
+    def qk(self) -> gs.Node:
+        """QK^T of the first chunk."""
+        return self.chunks[0].qk
+
+    @property
+    def av(self) -> gs.Node:
+        """The product with V of the first chunk."""
+        return self.chunks[0].av
 
     @property
     def name(self) -> str:
@@ -52,26 +73,26 @@ def find_attention(graph: gs.Graph) -> tuple[list[Attention], list[NotAttention]
     """Every attention, in execution order, and every softmax that is none, with the reason."""
     found: list[Attention] = []
     refused: list[NotAttention] = []
+    outputs = output_ids(graph)
     for softmax in find_softmaxes(graph):
-        match = _match(graph, softmax)
+        match = _match(softmax, outputs)
         if isinstance(match, Attention):
             found.append(match)
         else:
-            refused.append(match)
+            refused.append(NotAttention(softmax, match))
     return found, refused
 
 
-def _match(graph: gs.Graph, softmax: Softmax) -> Attention | NotAttention:
+def _match(softmax: Softmax, outputs: set[int]) -> Attention | str:
+    """The attention around a softmax, or why there is none."""
     between: list[gs.Node] = []
     scales: list[tuple[gs.Node, float]] = []
     masked = False
     tensor = softmax.input
-    while (node := producer(tensor)) is not None and node.op != "MatMul":
+    while (node := producer(tensor)) is not None and node.op not in ("MatMul", "Concat"):
         step = _step(node)
         if step is None:
-            return NotAttention(
-                softmax, f"its logits pass through {node.op} {node.name!r}, no mask and no scale"
-            )
+            return f"its logits pass through {node.op} {node.name!r}, no mask and no scale"
         tensor, factor, masks = step
         between.insert(0, node)
         if factor is not None:
@@ -79,23 +100,56 @@ def _match(graph: gs.Graph, softmax: Softmax) -> Attention | NotAttention:
         if masks:
             masked = True
             scales.clear()  # what lies below the mask scales the mask too
-    if node is None:
-        return NotAttention(softmax, "its logits come from no MatMul")
-    for inner in (node, *between):
-        if is_output(inner.outputs[0], graph):
-            return NotAttention(softmax, f"the output of {inner.name!r} is an output of the graph")
-        if len({id(user) for user in inner.outputs[0].outputs}) != 1 and inner is not (between or [None])[-1]:
-            return NotAttention(softmax, f"the output of {inner.name!r} has another consumer")
-    if is_output(softmax.output, graph):
-        return NotAttention(softmax, "its probabilities are an output of the graph")
-    users = consumers(softmax.output, _AFTER_SOFTMAX)
-    if len(users) != 1 or users[0].op != "MatMul":
-        kinds = ", ".join(sorted({user.op for user in users})) or "nothing"
-        return NotAttention(softmax, f"its probabilities feed {kinds}, not one MatMul")
-    av = users[0]
-    if origin(av.inputs[0], _AFTER_SOFTMAX) is not softmax.output:
-        return NotAttention(softmax, f"its probabilities are the right factor of {av.name!r}")
-    return Attention(softmax.scope, softmax, node, av, tuple(between), tuple(scales), masked)
+    products = [] if node is None else [node] if node.op == "MatMul" else _joined(node)
+    if node is None or not products:
+        return "its logits come from no MatMul"
+    inner = (*products, *([node] if node.op == "Concat" else []), *between)
+    for index, part in enumerate(inner):
+        if id(part.outputs[0]) in outputs:
+            return f"the output of {part.name!r} is an output of the graph"
+        last = index == len(inner) - 1  # a decomposed softmax reads its input twice
+        if len({id(user) for user in part.outputs[0].outputs}) != 1 and not last:
+            return f"the output of {part.name!r} has another consumer"
+    strangers = {id(user) for user in softmax.input.outputs} - {id(own) for own in softmax.nodes}
+    if strangers:
+        return f"its logits {softmax.input.name!r} have another consumer"
+    mixed = _mixes(softmax, len(products), outputs)
+    if isinstance(mixed, str):
+        return mixed
+    chunks = tuple(Chunk(qk, av) for qk, av in zip(products, mixed, strict=True))
+    join = node if node.op == "Concat" else None
+    return Attention(softmax.scope, softmax, chunks, join, tuple(between), tuple(scales), masked)
+
+
+def _joined(concat: gs.Node) -> list[gs.Node]:
+    """The MatMuls whose products a Concat along the last axis joins, none where one is something else."""
+    shape = concat.outputs[0].shape
+    if shape is None or concat.attrs.get("axis") not in (-1, len(shape) - 1):
+        return []
+    found = [made_by(tensor, "MatMul") for tensor in concat.inputs]
+    return [node for node in found if node is not None] if None not in found else []
+
+
+def _mixes(softmax: Softmax, count: int, outputs: set[int]) -> list[gs.Node] | str:
+    """The MatMuls with V, one a chunk, or why they are not found."""
+    if id(softmax.output) in outputs:
+        return "its probabilities are an output of the graph"
+    parts = [softmax.output]
+    if count > 1:
+        users = consumers(softmax.output, _BEFORE_SPLIT)
+        if len(users) != 1 or users[0].op != "Split" or len(users[0].outputs) != count:
+            return f"its logits are joined from {count} chunks, its probabilities are not split again"
+        parts = list(users[0].outputs)
+    found = []
+    for part in parts:
+        users = consumers(part, _AFTER_SOFTMAX)
+        if len(users) != 1 or users[0].op != "MatMul":
+            kinds = ", ".join(sorted({user.op for user in users})) or "nothing"
+            return f"its probabilities feed {kinds}, not one MatMul"
+        if origin(users[0].inputs[0], _AFTER_SOFTMAX) is not part:
+            return f"its probabilities are the right factor of {users[0].name!r}"
+        found.append(users[0])
+    return found
 
 
 def _step(node: gs.Node) -> tuple[gs.Tensor, float | None, bool] | None:

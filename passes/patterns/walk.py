@@ -80,9 +80,9 @@ def path_between(start: gs.Tensor, end: gs.Tensor) -> list[gs.Node]:
     return nodes[::-1]
 
 
-def is_output(tensor: gs.Tensor, graph: gs.Graph) -> bool:
-    """Whether a tensor is an output of the graph or of one of its bodies."""
-    return any(tensor is output for scope in scopes(graph) for output in scope.outputs)
+def output_ids(graph: gs.Graph) -> set[int]:
+    """`id` of every tensor that is an output of the graph or of one of its bodies."""
+    return {id(output) for scope in scopes(graph) for output in scope.outputs}
 
 
 def static_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
