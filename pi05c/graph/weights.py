@@ -81,6 +81,14 @@ class Weight(LazyValues):  # type: ignore[misc]
             self._amax = float(np.max([_amax(chunk) for chunk in self.chunks()], initial=0.0))
         return self._amax
 
+    def fingerprint(self) -> object:
+        """A hashable that two weights share only if they hold the same bytes, found without reading large files.
+
+        Of a stored weight it is the recorded checksum or the place in the file; of a derived one the operation and
+        the fingerprint of what it derives from.
+        """
+        return id(self)
+
     def checksum(self) -> str:
         """SHA-256 of the stored bytes in row-major order, in hexadecimal."""
         if self._checksum is None:
@@ -104,6 +112,9 @@ class InMemory(Weight):
 
     def read(self, region: Region) -> Array:
         return self.array[region]
+
+    def fingerprint(self) -> object:
+        return (str(self.dtype), self.shape, self.checksum())
 
 
 class Stored(Weight):
@@ -137,6 +148,11 @@ class Stored(Weight):
         values: Array = raw.view(self.dtype).reshape(self.shape)[region]
         return values
 
+    def fingerprint(self) -> object:
+        if self._checksum is None and self.nbytes > CHUNK_BYTES:
+            return (str(self.dtype), self.shape, self.path, self.offset)
+        return (str(self.dtype), self.shape, self.checksum())
+
 
 class Transposed(Weight):
     """`base` with its axes permuted as in ONNX Transpose."""
@@ -156,6 +172,9 @@ class Transposed(Weight):
     def amax(self) -> float:
         return self.base.amax()
 
+    def fingerprint(self) -> object:
+        return ("transposed", self.perm, self.base.fingerprint())
+
 
 class Reshaped(Weight):
     """`base` with the same elements in another shape."""
@@ -169,6 +188,9 @@ class Reshaped(Weight):
 
     def amax(self) -> float:
         return self.base.amax()
+
+    def fingerprint(self) -> object:
+        return ("reshaped", self.shape, self.base.fingerprint())
 
 
 class Joined(Weight):
@@ -223,6 +245,9 @@ class Cast(Weight):
 
     def read(self, region: Region) -> Array:
         return _elementwise(lambda values: values.astype(self.dtype), self.base.read(region))
+
+    def fingerprint(self) -> object:
+        return ("cast", str(self.dtype), self.base.fingerprint())
 
 
 class Quantized(Weight):

@@ -1,0 +1,90 @@
+"""dedupe: nothing is stored or computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.edit import replace_input
+from pi05c.graph.weights import weight_of
+from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.patterns.walk import output_ids
+from pi05c.passes.retype import CONTROL_FLOW
+
+_NOT_PURE = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+    | {"Dropout"}
+)
+"""Operators that may give another result each time."""
+
+
+@graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop"))
+def dedupe(graph: gs.Graph, ctx: PassContext) -> None:
+    """Let equal initializers be one, and nodes that do the same with the same tensors, in bodies too.
+
+    Initializers are equal by their bytes where those are few or their checksum is recorded, otherwise by the place
+    they come from; large weights are not read. A node in a body that repeats one of the graph around it goes. A
+    node whose output is an output of a graph stays, and so does one with a body or a random result.
+    """
+    outputs = output_ids(graph)
+    _in_scope(graph, ctx, outputs, {}, {})
+
+
+def _in_scope(
+    scope: gs.Graph,
+    ctx: PassContext,
+    outputs: set[int],
+    constants: dict[Hashable, gs.Constant],
+    nodes: dict[Hashable, gs.Node],
+) -> None:
+    """`constants` and `nodes` hold what the scopes around this one have, by what they hold and do."""
+    nodes = dict(nodes)
+    kept = []
+    for node in scope.nodes:
+        for tensor in list(node.inputs):
+            if isinstance(tensor, gs.Constant):
+                first = constants.setdefault(_fingerprint(tensor), tensor)
+                if first is not tensor:
+                    replace_input(node, tensor, first)
+                    ctx.changed(tensor.name)
+        for body in node.subgraphs():
+            _in_scope(body, ctx, outputs, constants, nodes)
+        key = _key(node)
+        twin = None if key is None else nodes.setdefault(key, node)
+        if twin is None or twin is node or any(id(tensor) in outputs for tensor in node.outputs):
+            kept.append(node)
+            continue
+        for mine, other in zip(node.outputs, twin.outputs, strict=True):
+            for user in list(mine.outputs):
+                replace_input(user, mine, other)
+        ctx.changed(node.name)
+        node.inputs.clear()
+        node.outputs.clear()
+    scope.nodes = kept
+
+
+def _fingerprint(constant: gs.Constant) -> Hashable:
+    found: Any = weight_of(constant).fingerprint()
+    return found if isinstance(found, Hashable) else id(constant)
+
+
+def _key(node: gs.Node) -> Hashable | None:
+    """What a node does with which tensors; None where that does not settle its result."""
+    if node.op in CONTROL_FLOW or node.op in _NOT_PURE or list(node.subgraphs()):
+        return None
+    attributes = tuple((key, _plain(value)) for key, value in sorted(node.attrs.items()))
+    inputs = tuple(id(tensor) if tensor.name else None for tensor in node.inputs)
+    return node.domain or "", node.op, attributes, inputs, tuple(bool(tensor.name) for tensor in node.outputs)
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, gs.Constant):
+        return _fingerprint(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return value.shape, str(value.dtype), value.tobytes()
+    return str(value)
