@@ -125,7 +125,13 @@ class BuildResult:
 
 def installed_flavours() -> tuple[Flavour, ...]:
     """The flavours whose Python module is installed, TensorRT first."""
-    return tuple(flavour for flavour in Flavour if importlib.util.find_spec(flavour.module) is not None)
+    return tuple(flavour for flavour in Flavour if _is_installed(flavour))
+
+
+def _is_installed(flavour: Flavour) -> bool:
+    """Whether its module is there; a folder that happens to have the name has no origin."""
+    spec = importlib.util.find_spec(flavour.module)
+    return spec is not None and spec.origin is not None
 
 
 def installed_version(flavour: Flavour) -> str | None:
@@ -166,7 +172,7 @@ def find_flavour(requested: str | Flavour | None = None, targets: Sequence[Targe
 
 def can_build(targets: Sequence[Target], flavour: Flavour) -> str | None:
     """Why `flavour` cannot build for all of `targets` on this machine; None if it can."""
-    if importlib.util.find_spec(flavour.module) is None:
+    if not _is_installed(flavour):
         return f"{flavour.product} is not installed (pip install '{flavour.extra}')"
     if foreign := [target.name for target in targets if flavour not in target.flavours]:
         return f"{flavour.product} does not build for {', '.join(foreign)}"

@@ -6,16 +6,28 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from onnx import TensorProto
+from polygraphy.common import TensorMetadata
 from small_graphs import node, write_fp8_linear, write_model
 
 from pi05c.backend import tensorrt
 from pi05c.backend.targets import Flavour, parse_targets
-from pi05c.backend.tensorrt import BuildOptions, BuildProgress, ShapeProfile, build, can_build, find_flavour
+from pi05c.backend.tensorrt import (
+    BuildOptions,
+    BuildProgress,
+    EngineRunner,
+    ShapeProfile,
+    build,
+    can_build,
+    find_flavour,
+)
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.graph.runner import Array
 
 RTX = BuildOptions(Flavour.TENSORRT_RTX, parse_targets("sm89"), time_limit_s=60)
 
@@ -248,16 +260,18 @@ def test_targets_that_rtx_does_not_build_for(name: str, model: Path, plan: Path)
 
 
 def test_choice_of_the_flavour(monkeypatch: pytest.MonkeyPatch) -> None:
-    here: dict[str, object] = {}
+    here: dict[str, ModuleSpec] = {}
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: here.get(name))
     monkeypatch.setattr(tensorrt, "compute_capabilities", lambda: ((9, 0),))
     with pytest.raises(UsageError, match=r"pi05c\[rtx\].*pi05c\[tensorrt\]"):
         find_flavour()
-    here["tensorrt_rtx"] = object()
+    here["tensorrt_rtx"] = ModuleSpec("tensorrt_rtx", None, origin="__init__.py")
     assert find_flavour() is Flavour.TENSORRT_RTX
     with pytest.raises(UsageError, match=r"TensorRT is not installed: pip install 'pi05c\[tensorrt\]'"):
         find_flavour("tensorrt")
-    here["tensorrt"] = object()
+    here["tensorrt"] = ModuleSpec("tensorrt", None)  # a folder named tensorrt
+    assert find_flavour() is Flavour.TENSORRT_RTX
+    here["tensorrt"] = ModuleSpec("tensorrt", None, origin="__init__.py")
     assert find_flavour() is Flavour.TENSORRT
     assert find_flavour("tensorrt-rtx") is Flavour.TENSORRT_RTX
     assert find_flavour(targets=parse_targets("h100")) is Flavour.TENSORRT
@@ -273,3 +287,31 @@ def test_choice_of_the_flavour(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_does_not_load_without_a_gpu(plan: Path) -> None:
     with pytest.raises(Pi05cError, match="runs on an NVIDIA GPU, and this machine has none"):
         tensorrt.load_engine(plan, Flavour.TENSORRT_RTX)
+
+
+class StandInForTrtRunner:
+    """What `EngineRunner` uses of Polygraphy's `TrtRunner`; it gives the same buffer at each run."""
+
+    def __init__(self) -> None:
+        self.buffer = np.zeros((2, 3), np.float32)
+
+    def get_input_metadata(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        metadata.add("tokens", np.dtype(np.int64), (2, -1))
+        metadata.add("mask", np.dtype(np.bool_), (2,))
+        return metadata
+
+    def infer(self, feed_dict: dict[str, Array], check_inputs: bool) -> dict[str, Array]:
+        self.buffer += feed_dict["tokens"].sum()
+        return {"actions": self.buffer}
+
+
+def test_engine_runner_checks_inputs_and_keeps_results_apart() -> None:
+    runner = EngineRunner(StandInForTrtRunner())
+    assert [str(spec) for spec in runner.inputs] == ["tokens: int64[2,?]", "mask: bool[2]"]
+    inputs = {"tokens": np.ones((2, 5), np.int64), "mask": np.ones(2, np.bool_)}
+    first = runner.run(inputs)["actions"]
+    second = runner.run(inputs)["actions"]
+    assert (first[0, 0], second[0, 0]) == (10, 20)
+    with pytest.raises(Pi05cError, match="input 'mask' has shape"):
+        runner.run({**inputs, "mask": np.ones(3, np.bool_)})
