@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pi05c
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.signature import TensorSpec, check_inputs, inputs_of
 from pi05c.backend.targets import Flavour, Target, target_of
@@ -353,7 +354,7 @@ def _run(request: Request, options: BuildOptions, progress: Callable[[BuildProgr
     run = _Run()
     folder = Path(request.plan).parent
     request_path = Path(f"{request.plan}.json")
-    package_root = str(Path(__file__).resolve().parents[1])
+    package_root = str(Path(pi05c.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
     start = time.monotonic()
     try:
@@ -379,7 +380,7 @@ def _run(request: Request, options: BuildOptions, progress: Callable[[BuildProgr
         for line in process.stdout:
             if line.startswith(EVENT):
                 _take_event(run, json.loads(line[len(EVENT) :]), progress)
-            else:
+            elif line.strip():
                 run.log.append(line.rstrip())
         run.returncode = process.wait()
     finally:

@@ -193,7 +193,8 @@ def memory_of(pid: int | None = None, what: str = "VmHWM") -> int:
 
 
 def _event(**fields: object) -> None:
-    sys.stdout.write(f"{EVENT}{json.dumps(fields)}\n")
+    """One write, on a line of its own even where another thread is in the middle of one."""
+    sys.stdout.write(f"\n{EVENT}{json.dumps(fields)}\n")
     sys.stdout.flush()
 
 
