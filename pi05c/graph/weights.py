@@ -55,8 +55,8 @@ class Weight(LazyValues):  # type: ignore[misc]
         raise NotImplementedError
 
     def load(self) -> Array:
-        """The whole tensor in memory."""
-        return self.read(whole(self.shape))
+        """The whole tensor in memory; a scalar is an array without axes, where indexing would give a number."""
+        return np.asarray(self.read(whole(self.shape)))
 
     @property
     def tensor(self) -> onnx.TensorProto:

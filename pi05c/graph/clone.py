@@ -1,0 +1,66 @@
+"""Copies of nodes with their subgraphs, under new names and with other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.edit import Names
+
+
+def clone_node(node: gs.Node, tensors: MutableMapping[int, gs.Tensor], names: Names, prefix: str) -> gs.Node:
+    """A copy of `node` whose name and tensors begin with `prefix`.
+
+    Args:
+        tensors: what takes the place of a tensor, by the id of the original; all others, initializers among them,
+            are shared with the original. The node's outputs, unless they have an entry already, and everything
+            inside its subgraphs get an entry.
+    """
+    attrs = {
+        key: _clone_graph(value, tensors, names, prefix) if isinstance(value, gs.Graph) else value
+        for key, value in node.attrs.items()
+    }
+    clone = gs.Node(
+        node.op,
+        names.unique(f"{prefix}{node.name or node.op}"),
+        attrs=attrs,
+        inputs=[tensors.get(id(tensor), tensor) for tensor in node.inputs],
+        outputs=[_clone_variable(tensor, tensors, names, prefix) for tensor in node.outputs],
+        domain=node.domain,
+    )
+    for kept in ("metadata", "doc_string"):
+        if hasattr(node, kept):
+            setattr(clone, kept, getattr(node, kept))
+    return clone
+
+
+def _clone_graph(
+    graph: gs.Graph, tensors: MutableMapping[int, gs.Tensor], names: Names, prefix: str
+) -> gs.Graph:
+    inputs = [_clone_variable(tensor, tensors, names, prefix) for tensor in graph.inputs]
+    nodes = [clone_node(node, tensors, names, prefix) for node in graph.nodes]
+    return gs.Graph(
+        nodes=nodes,
+        inputs=inputs,
+        outputs=[tensors.get(id(tensor), tensor) for tensor in graph.outputs],
+        name=graph.name,
+        doc_string=graph.doc_string,
+        opset=graph.opset,
+        import_domains=graph.import_domains,
+        functions=graph.functions,
+        ir_version=graph.ir_version,
+    )
+
+
+def _clone_variable(
+    tensor: gs.Variable, tensors: MutableMapping[int, gs.Tensor], names: Names, prefix: str
+) -> gs.Tensor:
+    if not tensor.name:
+        return gs.Variable.empty()
+    if id(tensor) not in tensors:
+        shape = None if tensor.shape is None else list(tensor.shape)
+        tensors[id(tensor)] = gs.Variable(
+            names.unique(f"{prefix}{tensor.name}"), tensor.dtype, shape, tensor.type
+        )
+    return tensors[id(tensor)]
