@@ -59,3 +59,8 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
             )
             done.touch()
     return model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` rewrites `golden/` (see `tests/passes/test_golden.py`)."""
+    parser.addoption("--update-golden", action="store_true", help="write golden/ anew instead of comparing")
