@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, LARGEST, to_numpy
+from pi05c.graph.edit import producer
 from pi05c.graph.ranges import Ranges, bounding_tensors
+from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.walk import each_node
+from pi05c.passes.patterns.walk import QDQ, constant, each_node
 from pi05c.passes.retype import CONTROL_FLOW, Retyper, remove_redundant_casts
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 """Smallest positive number with the full significand (IEEE 754 binary16; bfloat16)."""
+
+SCALE_ERROR = 2.0**-8
+"""Relative error that rounding may give a quantizer's scale: a sixteenth of E4M3's half step, 2^-4."""
+
+_PRODUCTS = ("Mul", "Div", "MatMul", "Gemm", "Conv", "Einsum")
+"""Operators whose result is as inaccurate as their least accurate factor, however small that is."""
 
 
 def _computed_tensors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]:
@@ -49,15 +58,18 @@ def lower_precision(
     """Compute in float16 (or bfloat16) whatever float32 arithmetic fits, inputs and outputs staying float32.
 
     A node stays in float32 where a measured output, or a constant that it reads, times `headroom` exceeds the
-    largest 16-bit number, or where its output is so small everywhere that it would be subnormal. Without ranges
-    only constants guard. Constants are not rewritten: each gets a Cast behind it, so that `pin_fp32` finds the
-    original value; `canonicalize` bakes the casts that are left. Values carried by Loop, Scan and If keep their
-    type.
+    largest 16-bit number, or where its output or a factor that it multiplies is so small everywhere that it would
+    be subnormal. So does one that reads a value of unknown range from a node that stays, and a quantizer, with its
+    MatMul, whose scale 16 bits would round too far. Without ranges only constants guard. Constants are not
+    rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original value; `canonicalize` bakes the
+    casts that are left. Values carried by Loop, Scan and If keep their type.
     """
     dtype = FLOAT16 if to == "float16" else BFLOAT16
+    ranges = ctx.ranges or Ranges({}, {})
     if ctx.ranges is None:
         ctx.note("no ranges: nothing guards activations against overflow except constants")
     low = []
+    stuck, kept = _stuck_quantizers(graph, dtype), set[int]()
     for _, node in each_node(graph):
         if not any(
             to_numpy(tensor.dtype) == FLOAT32 for tensor in (*node.inputs, *node.outputs) if tensor.name
@@ -66,9 +78,10 @@ def lower_precision(
         if node.op in CONTROL_FLOW:
             ctx.skip(node, f"{node.op} carries values whose type its body fixes")
             continue
-        reason = _obstacle(node, ctx.ranges, dtype, headroom)
+        reason = _obstacle(node, ranges, dtype, headroom, stuck) or _follows(node, kept)
         if reason:
             ctx.skip(node, reason)
+            kept.update(id(t) for t in node.outputs if id(node) in stuck or ranges.amax(t) is None)
         else:
             low.append(node)
     for node in Retyper(graph, ctx.names).run_in(low, dtype):
@@ -76,18 +89,52 @@ def lower_precision(
     remove_redundant_casts(graph)
 
 
-def _obstacle(node: gs.Node, ranges: Ranges | None, dtype: object, headroom: float) -> str:
+def _obstacle(node: gs.Node, ranges: Ranges, dtype: np.dtype[Any], headroom: float, stuck: set[int]) -> str:
     """Why a node must stay in float32, empty where nothing speaks against it."""
-    largest = LARGEST[dtype]
-    known = ranges or Ranges({}, {})
+    if id(node) in stuck:
+        return f"a scale that its MatMul or it reads is not one that {dtype} holds"
     for tensor in (*node.inputs, *node.outputs):
         if not tensor.name or to_numpy(tensor.dtype) not in (FLOAT32, BFLOAT16):
             continue
-        amax = known.amax(tensor)
+        if node.op in QDQ and tensor is node.inputs[1]:
+            continue
+        amax = ranges.amax(tensor)
         if amax is None:
             continue
-        if not amax * headroom <= largest:
-            return f"{tensor.name!r} reaches {amax:.3g}, beyond {largest:.5g}"
-        if tensor in node.outputs and 0 < amax < SMALLEST_NORMAL[dtype]:
+        if not amax * headroom <= LARGEST[dtype]:
+            return f"{tensor.name!r} reaches {amax:.3g}, beyond {LARGEST[dtype]:.5g}"
+        counts = node.op in _PRODUCTS or any(tensor is output for output in node.outputs)
+        if counts and 0 < amax < SMALLEST_NORMAL[dtype]:
             return f"{tensor.name!r} stays below {amax:.3g}, where {dtype} loses precision"
     return ""
+
+
+def _follows(node: gs.Node, kept: set[int]) -> str:
+    found = next((tensor for tensor in node.inputs if id(tensor) in kept), None)
+    return "" if found is None else f"it reads {found.name!r}, which stays in float32"
+
+
+def _stuck_quantizers(graph: gs.Graph, dtype: np.dtype[Any]) -> set[int]:
+    """Q/DQ whose scale `dtype` cannot hold, and those that share a product with one: its factors have one type."""
+    stuck = {id(node) for _, node in each_node(graph, *QDQ) if not _holds_scale(node.inputs[1], dtype)}
+    products = [
+        [above for tensor in node.inputs if (above := producer(tensor)) is not None and above.op in QDQ]
+        for _, node in each_node(graph, "MatMul", "Gemm", "Conv")
+    ]
+    size = -1
+    while size != len(stuck):
+        size = len(stuck)
+        for factors in products:
+            if any(id(factor) in stuck for factor in factors):
+                stuck.update(id(factor) for factor in factors)
+    return stuck
+
+
+def _holds_scale(scale: gs.Tensor, dtype: np.dtype[Any]) -> bool:
+    found = constant(scale)
+    if found is None:
+        return True
+    exact = array_of(found).astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = exact.astype(dtype).astype(np.float64)
+    return bool((np.abs(rounded - exact) <= SCALE_ERROR * exact).all())

@@ -41,9 +41,10 @@ class Retyper:
         """Make `nodes` compute in `dtype` and return those that did not before.
 
         A float input from outside is cast at the border, or taken from before a Cast that stands there: a constant
-        is always read as it is stored. A float output keeps its type for readers outside by a Cast.
+        is always read as it is stored. A float output keeps its type for readers outside by a Cast. A Cast of
+        `nodes` that none of them reads stands at the border already, and stays.
         """
-        nodes = [node for node in nodes if node.op not in CONTROL_FLOW]
+        nodes = _without_borders([node for node in nodes if node.op not in CONTROL_FLOW])
         inside = {id(node) for node in nodes}
         dtype = to_numpy(dtype)
         return [
@@ -79,7 +80,11 @@ class Retyper:
             if node.op == "Cast":
                 node.attrs["to"] = to_onnx(dtype)
             changed = True
-            outside = [user for user in tensor.outputs if id(user) not in inside and user.op != "Cast"]
+            outside = [
+                user
+                for user in tensor.outputs
+                if (id(user) not in inside and user.op != "Cast") or _reads_fixed(user, tensor)
+            ]
             if id(tensor) in self._outputs:
                 tensor = self._keep_output(node, index, tensor, inside, dtype)
             elif outside:
@@ -124,6 +129,22 @@ class Retyper:
         assert made is not None
         self._scope_of[id(made)] = scope
         return cast
+
+
+def _without_borders(nodes: list[gs.Node]) -> list[gs.Node]:
+    """`nodes` without the Casts whose readers are all elsewhere."""
+    inside = {id(node) for node in nodes}
+    for node in reversed(nodes):
+        if node.op == "Cast" and not any(id(user) in inside for user in node.outputs[0].outputs):
+            inside.discard(id(node))
+    return [node for node in nodes if id(node) in inside]
+
+
+def _reads_fixed(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether a node reads a tensor as an input whose type its operator fixes."""
+    return any(
+        node.inputs[index] is tensor for index in FIXED_INPUTS.get(node.op, ()) if index < len(node.inputs)
+    )
 
 
 def remove_redundant_casts(graph: gs.Graph) -> int:

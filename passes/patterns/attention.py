@@ -126,8 +126,9 @@ def _joined(concat: gs.Node) -> list[gs.Node]:
     shape = concat.outputs[0].shape
     if shape is None or concat.attrs.get("axis") not in (-1, len(shape) - 1):
         return []
-    found = [made_by(tensor, "MatMul") for tensor in concat.inputs]
-    return [node for node in found if node is not None] if None not in found else []
+    made = [made_by(tensor, "MatMul") for tensor in concat.inputs]
+    found = [node for node in made if node is not None]
+    return found if len(found) == len(made) else []
 
 
 def _mixes(softmax: Softmax, count: int, outputs: set[int]) -> list[gs.Node] | str:
