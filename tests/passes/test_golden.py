@@ -1,0 +1,151 @@
+"""Golden tests: a graph, what a pass makes of it, and the numbers of both.
+
+`pytest --update-golden` writes `golden/`; nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+from golden_cases import CASES, METADATA_KEY, GoldenCase
+from pass_graphs import outputs_of, relative_error, run_pass, seeded_inputs, text_of
+
+from pi05c.graph.check import problems
+from pi05c.graph.io import Model, load, save
+from pi05c.graph.ranges import Ranges
+from pi05c.passes import REGISTRY
+from pi05c.passes.pipeline import StepResult
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+SAMPLES = 3
+"""Seeded inputs that the numbers are compared on."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the metadata of a golden model says; see `golden_cases.GoldenCase`."""
+
+    shows: str
+    options: dict[str, str]
+    ranges: Ranges | None
+    limit: float
+
+    @classmethod
+    def of(cls, model: Model) -> Stored:
+        entry = json.loads(model.metadata[METADATA_KEY])
+        ranges = None if entry["low"] is None else Ranges(entry["low"], entry["high"], "the case")
+        return cls(entry["shows"], entry["options"], ranges, entry["limit"])
+
+    @property
+    def drawn_from(self) -> dict[str, tuple[float, float]]:
+        """The ranges from which inputs are drawn; one that is not a range of numbers is left out."""
+        ranges = self.ranges or Ranges({}, {})
+        pairs = {name: (low, ranges.high[name]) for name, low in ranges.low.items()}
+        return {
+            name: pair for name, pair in pairs.items() if float("-inf") < pair[0] < pair[1] < float("inf")
+        }
+
+
+def before_text(model: Model) -> str:
+    """The graph under the sentence that it illustrates."""
+    return f"# {Stored.of(model).shows}\n{text_of(model)}"
+
+
+def after_text(model: Model, result: StepResult) -> str:
+    """The graph and what the pass reported."""
+    lines = [f"changed: {name}" for name in result.changes]
+    lines += [f"skipped: {skip.where}: {skip.reason}" for skip in result.skips]
+    lines += [f"note: {note}" for note in result.notes]
+    return text_of(model) + "".join(f"{line}\n" for line in lines)
+
+
+def _path(case: GoldenCase) -> Path:
+    return GOLDEN / case.graph_pass / f"{case.name}.onnx"
+
+
+def run_case(model: Model, name: str) -> StepResult:
+    stored = Stored.of(model)
+    return run_pass(model, name, stored.ranges, **stored.options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.graph_pass}/{case.name}")
+def test_builder_makes_the_stored_graph(case: GoldenCase, request: pytest.FixtureRequest) -> None:
+    path = _path(case)
+    content = case.model().SerializeToString(deterministic=True)
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        model = load(path)
+        path.with_suffix(".before.txt").write_text(before_text(model))
+        result = run_case(model, case.graph_pass)
+        path.with_suffix(".after.txt").write_text(after_text(model, result))
+    assert path.read_bytes() == content
+
+
+def test_every_file_has_a_builder() -> None:
+    built = {f"{case.graph_pass}/{case.name}" for case in CASES}
+    stored = {str(path.relative_to(GOLDEN)).split(".")[0] for path in GOLDEN.glob("*/*")}
+    assert stored == built
+
+
+def test_every_pass_shows_a_point_a_variant_and_a_refusal() -> None:
+    for name in {case.graph_pass for case in CASES}:
+        results = [run_case(load(_path(case)), name) for case in CASES if case.graph_pass == name]
+        assert sum(bool(result.changes) for result in results) >= 2, name
+        assert any(not result.changes and result.skips for result in results), name
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case.graph_pass}/{case.name}")
+def golden(request: pytest.FixtureRequest) -> Path:
+    return _path(request.param)
+
+
+def test_texts(golden: Path) -> None:
+    model = load(golden)
+    assert before_text(model) == golden.with_suffix(".before.txt").read_text()
+    result = run_case(model, golden.parent.name)
+    assert after_text(model, result) == golden.with_suffix(".after.txt").read_text()
+    assert problems(model) == []
+
+
+def test_twice_is_once(golden: Path) -> None:
+    model = load(golden)
+    run_case(model, golden.parent.name)
+    once = text_of(model)
+    again = run_case(model, golden.parent.name)
+    assert text_of(model) == once
+    assert again.changes == ()
+
+
+def test_saved_and_loaded_it_is_the_same(golden: Path, tmp_path: Path) -> None:
+    model = load(golden)
+    run_case(model, golden.parent.name)
+    save(model, tmp_path / "after.onnx")
+    assert text_of(load(tmp_path / "after.onnx")) == text_of(model)
+
+
+def test_numbers(golden: Path) -> None:
+    name = golden.parent.name
+    before, after = load(golden), load(golden)
+    result = run_case(after, name)
+    stored = Stored.of(before)
+    limit = min(stored.limit, 1e-6) if REGISTRY[name].exact else stored.limit
+    if not result.changes:
+        assert text_of(after) == text_of(before)
+    for seed in range(SAMPLES):
+        inputs = seeded_inputs(before, seed, stored.drawn_from)
+        expected, actual = outputs_of(before, inputs), outputs_of(after, inputs)
+        assert {key: value.dtype for key, value in actual.items()} == {
+            key: value.dtype for key, value in expected.items()
+        }
+        assert relative_error(actual, expected) <= limit
+
+
+def test_metadata_is_readable_without_this_package(golden: Path) -> None:
+    props = {prop.key: prop.value for prop in onnx.load(golden).metadata_props}
+    assert json.loads(props[METADATA_KEY])["shows"].endswith(".")
