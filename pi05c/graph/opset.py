@@ -1,40 +1,168 @@
-"""Raises the opset of a model with onnx's own converter, without reading its weights."""
+"""Raises the opset of a graph with onnx's own converter, one operator at a time.
+
+Given a whole model, the converter loses the metadata of nodes, and older releases external weights (onnx issue 6529) and bodies
+of Loop, Scan and If. Given one node it cannot: only nodes whose operator has another version at the target are shown
+to it, each as a model of its own without weights, and replaced where that changes them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx.version_converter
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from pi05c.graph.dtypes import to_onnx
+from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, model_from_proto, to_proto
+from pi05c.graph.io import Model, model_from_proto, scopes
+
+_STANDARD = (None, "", "ai.onnx")
+
+_TYPES_ONLY = frozenset({"Constant", "If", "Loop", "Scan", "SequenceMap"})
+"""Operators whose newer versions, from opset 11 on, take more types and change nothing else."""
 
 
 def raise_opset(model: Model, opset: int) -> bool:
     """Convert `model` in place up to `opset`; a model that is there already is left as it is.
 
+    Bodies are converted too; names, types, metadata and weights are kept, and weights are not read. Nothing is
+    edited if anything cannot be converted. Functions of the model keep the opset that they state.
+
     Returns:
-        Whether anything was converted.
+        Whether the opset was raised.
 
     Raises:
-        Pi05cError: onnx has no conversion for an operator.
+        Pi05cError: onnx knows no such opset, or has no conversion for an operator.
     """
-    if model.graph.opset >= opset:
+    graph = model.graph
+    if graph.opset >= opset:
         return False
-    proto, pending = to_proto(model)
-    by_name = {}
-    for tensor in proto.graph.initializer:
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        if location in pending:
-            by_name[tensor.name] = pending[location]
-    return _convert(model, proto, by_name, opset)
-
-
-def _convert(model: Model, proto: onnx.ModelProto, by_name: dict[str, object], opset: int) -> bool:
-    try:
-        converted = onnx.version_converter.convert_version(proto, opset)
-    except RuntimeError as error:
+    if opset > onnx.defs.onnx_opset_version():
         raise Pi05cError(
-            f"the graph cannot be raised from opset {model.graph.opset} to {opset}: {error}"
-        ) from error
-    model.graph = model_from_proto(converted, None, by_name).graph  # type: ignore[arg-type]
+            f"the graph cannot be raised to opset {opset}: the installed onnx {onnx.__version__} knows opsets up to "
+            f"{onnx.defs.onnx_opset_version()}, install a newer one"
+        )
+    forms: dict[object, bytes | None] = {}
+    changed: dict[int, bytes] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if _has_other_version(node, graph.opset, opset):
+                converted = _convert(node, graph.opset, opset, forms)
+                if converted is not None:
+                    changed[id(node)] = converted
+    names = Names(graph)
+    domains = [
+        onnx.helper.make_opsetid(known.domain, opset if known.domain in _STANDARD else known.version)
+        for known in graph.import_domains or [onnx.helper.make_opsetid("", opset)]
+    ]
+    for scope in list(scopes(graph)):
+        scope.nodes = [
+            new
+            for node in scope.nodes
+            for new in (_replacement(node, changed[id(node)], names) if id(node) in changed else [node])
+        ]
+        scope.opset, scope.import_domains = opset, domains
+    graph.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(domains, True))
     return True
+
+
+def _has_other_version(node: gs.Node, old: int, new: int) -> bool:
+    if node.domain not in _STANDARD or node.op in _TYPES_ONLY or not onnx.defs.has(node.op):
+        return False
+    try:
+        before = onnx.defs.get_schema(node.op, old)
+        after = onnx.defs.get_schema(node.op, new)
+    except onnx.defs.SchemaError:
+        return False
+    return bool(before.since_version != after.since_version)
+
+
+def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None]) -> bytes | None:
+    """A model of the node alone at the new opset, whose inputs are `in0`, ... and outputs `out0`, ...
+
+    None where the node stays as it is. `forms` holds the answers for nodes that differ in names only.
+    """
+    attributes = OnnxExporter.export_attributes(node.attrs)
+    key = (
+        node.op,
+        tuple(sorted(attribute.SerializeToString() for attribute in attributes)),
+        tuple(_declared(tensor) for tensor in node.inputs),
+        tuple(_declared(tensor) for tensor in node.outputs),
+    )
+    if key not in forms:
+        alone = _alone(node, attributes, old)
+        try:
+            converted = onnx.version_converter.convert_version(alone, new)
+        except Exception as error:  # the converter raises whatever its C++ assertions become
+            reason = " ".join(str(error).split())
+            raise Pi05cError(
+                f"the graph cannot be raised from opset {old} to {new}: onnx cannot convert {node.op} "
+                f"{node.name!r} ({reason}); export the model at opset {new}"
+            ) from error
+        same = len(converted.graph.node) == 1 and _bare(converted.graph.node[0]) == _bare(alone.graph.node[0])
+        forms[key] = None if same else converted.SerializeToString()
+    return forms[key]
+
+
+def _declared(tensor: gs.Tensor) -> object:
+    if not tensor.name:
+        return None
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    return (None if tensor.dtype is None else to_onnx(tensor.dtype), shape)
+
+
+def _alone(node: gs.Node, attributes: list[onnx.AttributeProto], opset: int) -> onnx.ModelProto:
+    """A model of this node only. A type that is not known is declared float32, which no conversion looks at."""
+    inputs, outputs = _value_infos("in", node.inputs), _value_infos("out", node.outputs)
+    proto = onnx.helper.make_node(node.op, [i.name for i in inputs], [o.name for o in outputs], name="node")
+    proto.attribute.extend(attributes)
+    graph = onnx.helper.make_graph(
+        [proto], "node", [i for i in inputs if i.name], [o for o in outputs if o.name]
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+
+
+def _value_infos(kind: str, tensors: Sequence[gs.Tensor]) -> list[onnx.ValueInfoProto]:
+    return [
+        onnx.helper.make_tensor_value_info(
+            f"{kind}{index}" if tensor.name else "",
+            onnx.TensorProto.FLOAT if tensor.dtype is None else to_onnx(tensor.dtype),
+            tensor.shape,
+        )
+        for index, tensor in enumerate(tensors)
+    ]
+
+
+def _bare(node: onnx.NodeProto) -> object:
+    attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+    return (node.op_type, list(node.input), list(node.output), attributes)
+
+
+def _replacement(node: gs.Node, converted: bytes, names: Names) -> list[gs.Node]:
+    """The nodes of a converted form in the place of `node`, whose tensors they take over."""
+    part = model_from_proto(onnx.ModelProto.FromString(converted)).graph
+    taken: dict[int, gs.Tensor] = {
+        **{id(tensor): node.inputs[int(tensor.name.removeprefix("in"))] for tensor in part.inputs},
+        **{id(tensor): node.outputs[int(tensor.name.removeprefix("out"))] for tensor in part.outputs},
+    }
+    node.inputs.clear()
+    node.outputs.clear()
+    for new in part.nodes:
+        new.name = node.name if new.op == node.op else names.unique(f"{node.name}.{new.op}")
+        formal = onnx.defs.get_schema(new.op, part.opset).inputs
+        for index, tensor in enumerate(new.inputs):
+            if isinstance(tensor, gs.Constant):
+                tensor.name = names.unique(f"{new.name}.{formal[min(index, len(formal) - 1)].name}")
+        for tensor in new.outputs:
+            if tensor.name and id(tensor) not in taken:
+                tensor.name = names.unique(f"{new.name}.{tensor.name}")
+        for kept in ("metadata", "doc_string"):
+            if hasattr(node, kept):
+                setattr(new, kept, getattr(node, kept))
+    for new in part.nodes:
+        new.inputs = [taken.get(id(tensor), tensor) for tensor in new.inputs]
+        new.outputs = [taken.get(id(tensor), tensor) for tensor in new.outputs]
+    return list(part.nodes)
