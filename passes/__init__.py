@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-# from pi05c.passes.fuse_denoise_loop import fuse_denoise_loop
-
 from pi05c.passes.canonicalize import canonicalize
 from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip, graph_pass
+from pi05c.passes.dedupe import dedupe
 from pi05c.passes.disable_conv2d_quant import disable_conv2d_quant
+from pi05c.passes.fold_gqa import fold_gqa
+from pi05c.passes.fuse_denoise_loop import fuse_denoise_loop
+from pi05c.passes.fuse_projections import fuse_projections
 from pi05c.passes.insert_attention_qdq import insert_attention_qdq
 from pi05c.passes.lower_precision import lower_precision
 from pi05c.passes.pin_fp32 import pin_fp32
 from pi05c.passes.quantize_linears import quantize_linears
+from pi05c.passes.split_prefix_attention import split_prefix_attention
 
-_DEFAULT = (
+_EXACT = (
     canonicalize,  # one spelling, so that the finders below see one
-    # fuse_denoise_loop,  # the steps become one straight graph; what depends on the step alone becomes constants
+    fuse_denoise_loop,  # the steps become one straight graph; what depends on the step alone becomes constants
+    fuse_projections,  # q/k/v and gate/up read their input once
+    fold_gqa,  # no repeated keys and values: more rows for each MatMul
+    split_prefix_attention,  # what the steps ask of the prefix is computed once
+    dedupe,  # nothing is stored or computed twice
+)
+
+_FLOAT16 = (
     lower_precision,  # float16 wherever values fit: half the bytes, twice the tensor-core rate
     pin_fp32,  # except where a robot's accuracy hangs on it
+)
+
+_FP8 = (
     quantize_linears,  # FP8 where most of the bytes and FLOPs are
     insert_attention_qdq,  # FP8 in attention, which TensorRT then fuses
     disable_conv2d_quant,  # the patch embedding stays as it is
-    canonicalize,  # bakes the casts behind constants that are left
+)
+
+_FINISH = (
+    canonicalize,  # again: bakes the casts behind constants that are left
 )
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "default": tuple(function.__name__ for function in _DEFAULT),
-    "fp16": ("canonicalize", "lower_precision", "pin_fp32", "canonicalize"),
-    "exact": ("canonicalize",),
-    "none": (),
+    name: tuple(function.__name__ for function in functions)
+    for name, functions in {
+        "default": (*_EXACT, *_FLOAT16, *_FP8, *_FINISH),
+        "fp16": (*_EXACT, *_FLOAT16, *_FINISH),
+        "exact": _EXACT,
+        "none": (),
+    }.items()
 }
 """What each word in `--passes` stands for: FP8, float16, nothing that changes numbers, nothing at all."""
 

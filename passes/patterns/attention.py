@@ -186,7 +186,7 @@ def _leads_to_matmul(tensor: gs.Tensor) -> bool:
             return True
         if node.op in ("Cast", "Identity", "Reshape"):
             stack.append(node.inputs[0])
-        elif node.op in ("Mul", "Div", "Add", "Sub"):
+        elif node.op in ("Mul", "Div", "Add", "Sub", "Concat"):
             stack.extend(node.inputs)
         elif node.op == "Where":
             stack.extend(node.inputs[1:])
