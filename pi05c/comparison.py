@@ -113,7 +113,7 @@ def compare(reference: Sequence[Mapping[str, Array]], result: Sequence[Mapping[s
     return Comparison(tuple(errors))
 
 
-def drift(reference: Sequence[Array], result: Sequence[Array]) -> tuple[float, ...]:
+def drift(reference: Sequence[Array] | Array, result: Sequence[Array] | Array) -> tuple[float, ...]:
     """Relative L2 error of each denoising step.
 
     Args:

@@ -337,9 +337,10 @@ def _open(path: Path) -> Mapping[str, Array]:
 def _arrays(path: Path, mtime_ns: int, size: int) -> Mapping[str, Array]:
     """What `_open` returns; time and size tell a file that took another's place from it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise Pi05cError(f"{path} holds a single array without a name: save it with numpy.savez")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise Pi05cError(f"{path} holds a single array without a name: save it with numpy.savez")
+        with loaded as file:
             assert file.zip is not None, "open until the end of this block"
             members = {info.filename: info for info in file.zip.infolist()}
             arrays = {name: _mapped(path, members.get(f"{name}.npy")) for name in file.files}
