@@ -496,6 +496,8 @@ class Pi05(nn.Module):
     rope_frequencies: Tensor
     time_frequencies: Tensor
     action_offsets: Tensor
+    start_time: Tensor
+    first_step: Tensor
 
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -511,6 +513,8 @@ class Pi05(nn.Module):
         )
         self.register_buffer("time_frequencies", time_frequencies(width), persistent=False)
         self.register_buffer("action_offsets", torch.arange(config.horizon, device="cpu"), persistent=False)
+        self.register_buffer("start_time", torch.ones(1, device="cpu"), persistent=False)
+        self.register_buffer("first_step", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
 
     def forward(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_masks: Tensor, noise: Tensor
@@ -525,7 +529,7 @@ class Pi05(nn.Module):
         """The same computation, with every intermediate tensor of interest."""
         features = self.embed_images(images)
         cache, suffix = self.read_prefix(features, image_masks, tokens, token_masks)
-        x, time = noise, self._start_time()
+        x, time = noise, self.start_time
         times, conditions, states, velocities = [], [], [], []
         for _ in range(self.config.steps):
             times.append(time)
@@ -571,7 +575,7 @@ class Pi05(nn.Module):
 
     def denoise(self, noise: Tensor, cache: Cache, suffix: Suffix) -> Tensor:
         """Noise [B, H, D] -> actions [B, H, D], in a Python loop."""
-        x, time = noise, self._start_time()
+        x, time = noise, self.start_time
         for _ in range(self.config.steps):
             x, time = self.denoise_step(x, time, cache, suffix)
         return x
@@ -591,9 +595,6 @@ class Pi05(nn.Module):
         expert = self.paligemma_with_expert.gemma_expert.model
         return self.action_out_proj(expert(self.action_in_proj(x), condition, cache, suffix))  # type: ignore[no-any-return]
 
-    def _start_time(self) -> Tensor:
-        return torch.ones(1, dtype=torch.float32)
-
     def _advance(self, x: Tensor, time: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """One step of length dt = -1 / N; the time accumulates in float32, as in the reference."""
         dt = -1.0 / self.config.steps
@@ -612,9 +613,8 @@ class LoopedPi05(Pi05):
         def body(step: Tensor, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return (step + 1, *self.denoise_step(x, time, cache, suffix))
 
-        start = torch.zeros((), dtype=torch.int64)
         result: Sequence[Tensor] = while_loop(  # type: ignore[no-untyped-call]
-            unfinished, body, (start, noise, self._start_time())
+            unfinished, body, (self.first_step, noise, self.start_time)
         )
         return result[1]
 

@@ -10,7 +10,7 @@ import ast
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from pi05c.frontend.model import Cache, LoopedPi05, Pi05, Suffix
 from pi05c.frontend.samples import input_specs
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.runner import Array
 
 OPSET = 21
 """ONNX opset of the plain graph: TensorRT 10.13 reads it."""
@@ -79,6 +80,7 @@ def trace(config: Pi05Config, dtypes: Mapping[str, np.dtype[Any]]) -> onnx.Model
         scopes = _step_scopes(policy, config, _body_nodes(program))
     assert program is not None
     model = program.model
+    _fold_shapes(model.graph)
     _name(model.graph, scopes)
     parameters = set(policy.state_dict())
     for name, value in model.graph.initializers.items():
@@ -186,6 +188,56 @@ def match_scopes(
 def _innermost_module(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])
+
+
+def _fold_shapes(graph: ir.Graph) -> None:
+    """Evaluate the arithmetic on shapes, axes and slice bounds that the exporter spells out in operators.
+
+    Such a chain starts at Constant nodes and yields a vector of int64. TensorRT's parser wants these operands as
+    constants, inside a Loop too; weights are never touched.
+    """
+    for node in list(graph):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _fold_shapes(attribute.as_graph())
+        values = [_integers(value) for value in node.inputs]
+        if node.op_type not in _SHAPE_OPERATORS or any(value is None for value in values):
+            continue
+        if node.op_type == "Cast" and node.attributes["to"].as_int() != ir.DataType.INT64:
+            continue
+        folded = _SHAPE_OPERATORS[node.op_type](node, [value for value in values if value is not None])
+        constant = ir.node(
+            "Constant", [], {"value": ir.tensor(folded)}, metadata_props=dict(node.metadata_props)
+        )
+        constant.outputs[0].shape, constant.outputs[0].dtype = ir.Shape(folded.shape), ir.DataType.INT64
+        graph.insert_before(node, constant)
+        ir.convenience.replace_all_uses_with(node.outputs, constant.outputs)
+        graph.remove(node, safe=True)
+    for node in list(graph):
+        if node.op_type == "Constant" and not node.outputs[0].uses():
+            graph.remove(node, safe=True)
+
+
+_SHAPE_OPERATORS: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
+    "Cast": lambda node, values: values[0],
+    "Concat": lambda node, values: np.concatenate(values, axis=node.attributes["axis"].as_int()),
+    "Reshape": lambda node, values: values[0].reshape(values[1]),
+}
+"""Operators of which shape arithmetic consists, on int64 vectors."""
+
+
+def _integers(value: ir.Value | None) -> Array | None:
+    """The value of a Constant node that holds int64 numbers in at most one dimension."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Constant":
+        return None
+    (attribute,) = node.attributes.values()
+    if attribute.type == ir.AttributeType.TENSOR:
+        array = attribute.as_tensor().numpy()
+        return array if array.dtype == np.int64 and array.ndim <= 1 else None
+    if attribute.type in (ir.AttributeType.INT, ir.AttributeType.INTS):
+        return np.asarray(attribute.value, np.int64)
+    return None
 
 
 def _name(graph: ir.Graph, step_scopes: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 DATA = Path(__file__).parent / "data"
@@ -43,7 +42,7 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
 
     from pi05c.frontend.config import CONFIGS
     from pi05c.frontend.export import export_model
-    from pi05c.frontend.samples import synthetic_samples
+    from pi05c.frontend.samples import synthetic_samples, write_samples
 
     folder = shared_tmp / "tiny_model"
     model, done = folder / "model.onnx", folder / "done"
@@ -51,9 +50,8 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
         if not done.is_file():
             folder.mkdir(exist_ok=True)
             observations = folder / "observations.npz"
-            np.savez(
-                observations, **synthetic_samples(CONFIGS["pi05_tiny"], CALIBRATION_SEED, CALIBRATION_SAMPLES)
-            )
+            samples = synthetic_samples(CONFIGS["pi05_tiny"], CALIBRATION_SEED, CALIBRATION_SAMPLES)
+            write_samples(observations, samples, synthetic=False)
             export_model(
                 reference_dir, model, prompt_length=REFERENCE_PROMPT_LENGTH, calibration=[observations]
             )

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,8 +19,11 @@ from pi05c.frontend.config import CONFIGS  # noqa: E402
 from pi05c.graph.errors import Pi05cError  # noqa: E402
 from pi05c.graph.weights import Stored  # noqa: E402
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DATA = Path(__file__).parents[1] / "data"
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, "Tensor"]
 Edit = Callable[[Tensors], object]
 
 

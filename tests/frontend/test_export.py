@@ -39,12 +39,17 @@ def reference_case(folder: Path, case: str) -> tuple[dict[str, np.ndarray], np.n
         return dict(inputs), outputs["actions"]
 
 
-def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from nodes(attribute.g)
+                yield from graphs(attribute.g)
+
+
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for scope in graphs(graph):
+        yield from scope.node
 
 
 @pytest.mark.parametrize("case", ["three_views", "one_view_masked"])
@@ -150,13 +155,30 @@ class TestForm:
         assert {node.domain for node in nodes(proto.graph)} == {""}
         assert not proto.functions
 
+    def test_shapes_axes_and_bounds_are_constants(self, proto: onnx.ModelProto) -> None:
+        """TensorRT's parser wants them so, in a Loop's body too."""
+        constants = {tensor.name for graph in graphs(proto.graph) for tensor in graph.initializer}
+        operands = {
+            "Reshape": [1],
+            "ReduceMean": [1],
+            "ReduceSum": [1],
+            "Unsqueeze": [1],
+            "Expand": [1],
+            "Slice": [1, 2, 3, 4],
+        }
+        found = [
+            (node.name, node.input[index])
+            for node in nodes(proto.graph)
+            for index in operands.get(node.op_type, ())
+        ]
+        assert len(found) > 100
+        assert not [name for name, operand in found if operand not in constants]
+
     def test_weights_are_bfloat16_under_their_own_names_and_cast_where_used(
         self, proto: onnx.ModelProto
     ) -> None:
         shapes = parameter_shapes(CONFIGS["pi05_tiny"])
-        loop = next(node for node in proto.graph.node if node.op_type == "Loop")
-        body = next(attribute.g for attribute in loop.attribute if attribute.name == "body")
-        stored = {tensor.name: tensor for graph in (proto.graph, body) for tensor in graph.initializer}
+        stored = {tensor.name: tensor for graph in graphs(proto.graph) for tensor in graph.initializer}
         weights = {name for name in stored if name in shapes}
         unread = {name for name in shapes if name not in weights}
         assert {tuple(stored[name].dims) == shapes[name] for name in weights} == {True}

@@ -6,6 +6,7 @@ import ast
 import gzip
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from pi05c.frontend.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from pi05c.frontend.config import CONFIGS  # noqa: E402
 from pi05c.frontend.model import Pi05, Trace, load_policy, parameter_shapes  # noqa: E402
 from pi05c.frontend.samples import input_specs  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = ("three_views", "one_view_masked", "batch_ragged")
@@ -32,7 +36,7 @@ def policy_of(checkpoint: Checkpoint, batch: int) -> Pi05:
     return load_policy(checkpoint.config.with_options(prompt_length=24, batch=batch), checkpoint.weights)
 
 
-def inputs_of(case: str, policy: Pi05) -> list[torch.Tensor]:
+def inputs_of(case: str, policy: Pi05) -> list[Tensor]:
     with np.load(DATA / f"pi05_tiny/{case}.inputs.npz") as archive:
         return [torch.from_numpy(archive[spec.name]) for spec in input_specs(policy.config)]
 
