@@ -13,7 +13,7 @@ from pi05c.graph.evaluate import Evaluator
 from pi05c.graph.io import scopes
 from pi05c.graph.sort import captured_by
 from pi05c.graph.weights import Cast, InMemory, Reshaped, Transposed, Weight, weight_of
-from pi05c.passes.patterns.walk import static_shape
+from pi05c.passes.patterns.walk import output_ids, static_shape
 
 SMALL_BYTES = 1024
 """Results up to this size are folded even where they are larger than what they come from."""
@@ -131,16 +131,20 @@ def transpose_before_cast(graph: gs.Graph, editors: dict[int, Editor]) -> list[s
 
     Afterwards the file holds each factor of a MatMul as the MatMul reads it, in the type of the checkpoint.
     """
-    turned = []
+    turned, returned = [], output_ids(graph)
     for scope in scopes(graph):
         for node in list(scope.nodes):
-            if node.op != "Transpose" or not node.inputs:
+            if node.op != "Transpose" or not node.inputs or id(node.outputs[0]) in returned:
                 continue
             cast = producer(node.inputs[0])
             if cast is None or cast.op != "Cast" or not isinstance(cast.inputs[0], gs.Constant):
                 continue
             weight = cast.inputs[0]
-            if len(weight.outputs) != 1 or len(cast.outputs[0].outputs) != 1:
+            if (
+                len(weight.outputs) != 1
+                or len(cast.outputs[0].outputs) != 1
+                or id(cast.outputs[0]) in returned
+            ):
                 continue
             perm = node.attrs.get("perm") or list(range(len(weight.shape)))[::-1]
             weight._values = Transposed(weight_of(weight), perm)

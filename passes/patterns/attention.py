@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -133,7 +134,7 @@ def _joined(concat: gs.Node) -> list[gs.Node]:
 
 def _mixes(softmax: Softmax, count: int, outputs: set[int]) -> list[gs.Node] | str:
     """The MatMuls with V, one a chunk, or why they are not found."""
-    if id(softmax.output) in outputs:
+    if _is_returned(softmax.output, _AFTER_SOFTMAX, outputs):
         return "its probabilities are an output of the graph"
     parts = [softmax.output]
     if count > 1:
@@ -141,6 +142,8 @@ def _mixes(softmax: Softmax, count: int, outputs: set[int]) -> list[gs.Node] | s
         if len(users) != 1 or users[0].op != "Split" or len(users[0].outputs) != count:
             return f"its logits are joined from {count} chunks, its probabilities are not split again"
         parts = list(users[0].outputs)
+        if any(_is_returned(part, _AFTER_SOFTMAX, outputs) for part in parts):
+            return "a part of its probabilities is an output of the graph"
     found = []
     for part in parts:
         users = consumers(part, _AFTER_SOFTMAX)
@@ -151,6 +154,16 @@ def _mixes(softmax: Softmax, count: int, outputs: set[int]) -> list[gs.Node] | s
             return f"its probabilities are the right factor of {users[0].name!r}"
         found.append(users[0])
     return found
+
+
+def _is_returned(tensor: gs.Tensor, through: Collection[str], outputs: set[int]) -> bool:
+    """Whether a tensor, or what operators of `through` make of it, is an output of a graph."""
+    return id(tensor) in outputs or any(
+        _is_returned(result, through, outputs)
+        for user in tensor.outputs
+        if user.op in through
+        for result in user.outputs
+    )
 
 
 def _step(node: gs.Node) -> tuple[gs.Tensor, float | None, bool] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
@@ -45,12 +46,18 @@ class Ranges:
         if isinstance(tensor, gs.Constant):
             return weight_of(tensor).amax()
         if tensor.name in self.high:
-            return max(abs(self.low[tensor.name]), abs(self.high[tensor.name]))
+            return _largest([self.low[tensor.name], self.high[tensor.name]])
         bounds = bounding_tensors(tensor)
         if bounds is None:
             return None
         found = [self.amax(bound) for bound in bounds]
-        return max((amax for amax in found if amax is not None), default=1.0) if None not in found else None
+        measured = [amax for amax in found if amax is not None]
+        return None if len(measured) < len(found) else _largest(measured, 1.0)
+
+
+def _largest(values: Sequence[float], default: float = 0.0) -> float:
+    """The largest magnitude; not a number where one of the values is none."""
+    return float(np.max(np.abs(values))) if values else default
 
 
 def bounding_tensors(tensor: gs.Tensor) -> list[gs.Tensor] | None:

@@ -217,7 +217,7 @@ class Joined(Weight):
         return np.concatenate(pieces, axis=self.axis)
 
     def amax(self) -> float:
-        return max(part.amax() for part in self.parts)
+        return float(np.max([part.amax() for part in self.parts]))
 
 
 class Scaled(Weight):
