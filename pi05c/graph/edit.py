@@ -46,6 +46,7 @@ class Editor:
     def __init__(self, scope: gs.Graph, names: Names) -> None:
         self.scope = scope
         self.names = names
+        self._scopes = list(scopes(scope))
         self._casts = {
             (id(node.inputs[0]), to_numpy(node.attrs["to"])): node.outputs[0]
             for node in scope.nodes
@@ -97,11 +98,14 @@ class Editor:
         return result
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
-        """Make every consumer of `old`, in subgraphs too, read `new`; a graph output keeps its name."""
+        """Make every consumer of `old`, in subgraphs too, read `new`, and return `new` where `old` was returned.
+
+        An output of the whole graph is known by its name: whoever replaces one adds an Identity instead.
+        """
         for node in list(old.outputs):
             if node is not producer(new):
                 replace_input(node, old, new)
-        for scope in scopes(self.scope):
+        for scope in self._scopes:
             scope.outputs = [new if tensor is old else tensor for tensor in scope.outputs]
 
     def remove(self, node: gs.Node) -> None:
@@ -135,10 +139,16 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 def remove_dead(graph: gs.Graph) -> int:
     """Remove nodes that no output needs, in subgraphs too, and return how many.
 
-    Works backward from the last node, so `graph` must be sorted; consumers in subgraphs count.
+    Works backward from the last node, so `graph` must be sorted; consumers in subgraphs count. What produced a tensor
+    that has become an input of its graph produces it no more.
     """
     removed = 0
     for scope in reversed(list(scopes(graph))):
+        for tensor in scope.inputs:
+            for node in list(tensor.inputs):
+                node.outputs = [
+                    gs.Variable.empty() if output is tensor else output for output in node.outputs
+                ]
         kept = {id(tensor) for tensor in scope.outputs}
         alive = []
         for node in reversed(scope.nodes):

@@ -104,6 +104,7 @@ def model_from_proto(
         constant.data_location = None
     for scope in scopes(graph):
         _inline_constant_nodes(scope)
+    _link_returned_captures(graph, {})
     return Model(
         graph,
         metadata={prop.key: prop.value for prop in proto.metadata_props},
@@ -119,7 +120,9 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     for constant in _constants(model.graph):
         weight = weight_of(constant)
         pending[f"{PENDING}{id(weight)}"] = weight
-    proto = gs.export_onnx(model.graph)
+    proto = gs.export_onnx(model.graph, do_type_check=False)
+    if not all(value.type.tensor_type.elem_type for value in proto.graph.output):
+        proto = _with_types(proto)
     for old, new in zip(_gs_nodes(model.graph), _nodes(proto.graph), strict=True):
         new.doc_string = getattr(old, "doc_string", "")
         for key, value in getattr(old, "metadata", {}).items():
@@ -286,6 +289,28 @@ def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
                 seen.add(id(tensor))
                 if not isinstance(tensor._values, SparseValues):
                     yield tensor
+
+
+def _link_returned_captures(graph: gs.Graph, outer: Mapping[str, gs.Tensor]) -> None:
+    """Let a body that returns a tensor from outside return that tensor, not one of its own of the same name.
+
+    onnx-graphsurgeon looks for outputs in the body alone.
+    """
+    known = dict(outer)
+    known.update((tensor.name, tensor) for tensor in graph.inputs)
+    for node in graph.nodes:
+        known.update((tensor.name, tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name)
+    for node in graph.nodes:
+        for body in node.attrs.values():
+            if isinstance(body, gs.Graph):
+                own = {id(tensor) for tensor in body.inputs}
+                body.outputs = [
+                    tensor
+                    if tensor.inputs or isinstance(tensor, gs.Constant) or id(tensor) in own
+                    else known.get(tensor.name, tensor)
+                    for tensor in body.outputs
+                ]
+                _link_returned_captures(body, known)
 
 
 def _inline_constant_nodes(graph: gs.Graph) -> None:

@@ -1,8 +1,8 @@
 """Raises the opset of a graph with onnx's own converter, one operator at a time.
 
-Given a whole model, the converter loses the metadata of nodes, and older releases external weights (onnx issue 6529) and bodies
-of Loop, Scan and If. Given one node it cannot: only nodes whose operator has another version at the target are shown
-to it, each as a model of its own without weights, and replaced where that changes them.
+Given a whole model, the converter loses the metadata of nodes, and older releases lose external weights (onnx issue
+6529) and leave out bodies. So it is shown only nodes whose operator has another version at the target, each as a model
+of its own without weights, and what comes back takes the node's place.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ _STANDARD = (None, "", "ai.onnx")
 
 _TYPES_ONLY = frozenset({"Constant", "If", "Loop", "Scan", "SequenceMap"})
 """Operators whose newer versions, from opset 11 on, take more types and change nothing else."""
+
+_MISCONVERTED = {"GroupNormalization": 21}
+"""Operators that onnx 1.23's converter leaves as they are at an opset that gave them another meaning: scale and bias
+are one a group before, one a channel from then on."""
 
 
 def raise_opset(model: Model, opset: int) -> bool:
@@ -95,6 +99,8 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
     if key not in forms:
         alone = _alone(node, attributes, old)
         try:
+            if old < _MISCONVERTED.get(node.op, 0) <= new:
+                raise ValueError(f"its inputs mean something else from opset {_MISCONVERTED[node.op]} on")
             converted = onnx.version_converter.convert_version(alone, new)
         except Exception as error:  # the converter raises whatever its C++ assertions become
             reason = " ".join(str(error).split())

@@ -214,6 +214,8 @@ class Joined(Weight):
                 piece[self.axis] = slice(low, high)
                 pieces.append(part.read(tuple(piece)))
             offset += size
+        if not pieces:
+            pieces = [self.parts[0].read((*region[: self.axis], slice(0, 0), *region[self.axis + 1 :]))]
         return np.concatenate(pieces, axis=self.axis)
 
     def amax(self) -> float:
