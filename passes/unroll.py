@@ -75,7 +75,9 @@ def _produced_by_last_step(form: LoopForm, varying: Sequence[gs.Node]) -> dict[i
     found: dict[int, gs.Tensor] = {}
     for carried in form.carried:
         if carried.result.name and id(carried.leaving) in produced:
-            found.setdefault(id(carried.leaving), carried.result)
+            result = found.setdefault(id(carried.leaving), carried.result)
+            result.dtype = carried.leaving.dtype if result.dtype is None else result.dtype
+            result.shape = carried.leaving.shape if result.shape is None else result.shape
     return found
 
 

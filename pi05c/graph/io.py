@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -121,6 +122,7 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
         weight = weight_of(constant)
         pending[f"{PENDING}{id(weight)}"] = weight
     proto = gs.export_onnx(model.graph, do_type_check=False)
+    _store_shared_constants_once(model.graph, proto.graph)
     if not all(value.type.tensor_type.elem_type for value in proto.graph.output):
         proto = _with_types(proto)
     for old, new in zip(_gs_nodes(model.graph), _nodes(proto.graph), strict=True):
@@ -289,6 +291,38 @@ def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
                 seen.add(id(tensor))
                 if not isinstance(tensor._values, SparseValues):
                     yield tensor
+
+
+def _store_shared_constants_once(graph: gs.Graph, proto: onnx.GraphProto) -> None:
+    """Keep what several scopes read in the outermost graph; onnx-graphsurgeon exports it into each of them.
+
+    Left so, it would come back as several initializers. A name that several tensors have stays where it is.
+    """
+    owners: dict[str, set[int]] = {}
+    readers: dict[int, int] = {}
+    constants: dict[int, gs.Constant] = {}
+    for scope in scopes(graph):
+        read = [*scope.inputs, *scope.outputs, *(t for n in scope.nodes for t in (*n.inputs, *n.outputs))]
+        for key, tensor in {id(tensor): tensor for tensor in read}.items():
+            owners.setdefault(tensor.name, set()).add(key)
+            if isinstance(tensor, gs.Constant) and not isinstance(tensor._values, SparseValues):
+                constants[key] = tensor
+                readers[key] = readers.get(key, 0) + 1
+    shared = {
+        constant.name: constant
+        for key, constant in constants.items()
+        if readers[key] > 1 and len(owners[constant.name]) == 1
+    }
+    if not shared:
+        return
+    for body in list(_graphs(proto))[1:]:
+        kept = [tensor for tensor in body.initializer if tensor.name not in shared]
+        if len(kept) < len(body.initializer):
+            del body.initializer[:]
+            body.initializer.extend(kept)
+    stored = {tensor.name for tensor in proto.initializer}
+    missing = [constant for name, constant in shared.items() if name not in stored]
+    proto.initializer.extend(OnnxExporter.export_tensor_proto(constant) for constant in missing)
 
 
 def _link_returned_captures(graph: gs.Graph, outer: Mapping[str, gs.Tensor]) -> None:

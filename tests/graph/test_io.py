@@ -232,6 +232,22 @@ def test_a_body_that_returns_a_tensor_from_outside() -> None:
     assert remove_dead(model.graph) == 0
 
 
+def test_what_two_scopes_read_is_one_initializer(tmp_path: Path) -> None:
+    """onnx-graphsurgeon exports it into both branches, and imports two."""
+    text = """
+    two (float[4,64] x, bool c) => (float[4,64] y) {
+      y = If(c) <
+        then_branch = t () => (float[4,64] a) { a = MatMul(x, w) },
+        else_branch = e () => (float[4,64] p) { q = MatMul(x, w) p = Add(q, b) }
+      >
+    }"""
+    save(small_model(text, {"w": W, "b": B}), tmp_path / "m.onnx")
+    branches = load(tmp_path / "m.onnx").graph.nodes[0].attrs
+    assert branches["then_branch"].nodes[0].inputs[1] is branches["else_branch"].nodes[0].inputs[1]
+    x = np.ones((4, 64), np.float32)
+    np.testing.assert_allclose(run_file(tmp_path / "m.onnx", {"x": x, "c": np.array(False)})[0], x @ W + B)
+
+
 def test_an_unsorted_graph_keeps_its_captures() -> None:
     text = """
     u (float[2] x, bool c) => (float[2] y) {
