@@ -54,7 +54,11 @@ def _in_scope(
             _in_scope(body, ctx, outputs, constants, nodes)
         key = _key(node)
         twin = None if key is None else nodes.setdefault(key, node)
-        if twin is None or twin is node or any(id(tensor) in outputs for tensor in node.outputs):
+        if twin is None or twin is node:
+            kept.append(node)
+            continue
+        if any(id(tensor) in outputs for tensor in node.outputs):
+            ctx.skip(node, f"it repeats {twin.name!r}, but makes an output of the graph")
             kept.append(node)
             continue
         for mine, other in zip(node.outputs, twin.outputs, strict=True):

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import Editor
-from pi05c.graph.io import scopes
 from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.key_transposer import KeyTransposer
 from pi05c.passes.patterns.attention import Attention, find_attention
 from pi05c.passes.patterns.gqa import Repeat, find_repeat
 from pi05c.passes.patterns.walk import static_shape
@@ -21,7 +21,7 @@ def fold_gqa(graph: gs.Graph, ctx: PassContext) -> None:
     the probabilities likewise against the values; the repetition goes. The logits take the shape of the heads
     again where the mask tells heads or rows apart.
     """
-    editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
+    transposer = KeyTransposer(graph, ctx)
     attentions, _ = find_attention(graph)
     repeated = 0
     for attention in attentions:
@@ -36,7 +36,7 @@ def fold_gqa(graph: gs.Graph, ctx: PassContext) -> None:
         if reason:
             ctx.skip(attention.name, reason)
             continue
-        _fold(attention, keys, values, editors[id(attention.scope)])
+        _fold(attention, keys, values, transposer)
         ctx.changed(attention.name)
     if not repeated:
         ctx.skip("graph", "no attention in it repeats key and value heads")
@@ -47,7 +47,7 @@ def _obstacle(attention: Attention, keys: Repeat, values: Repeat) -> str:
         return "its keys come in several chunks"
     if keys.groups != values.groups:
         return f"its keys are repeated {keys.groups} times, its values {values.groups} times"
-    if keys.moved is None and values.moved is not None:
+    if values.moved is not None:
         return "its values are transposed"
     for tensor in (
         attention.qk.inputs[0],
@@ -61,7 +61,8 @@ def _obstacle(attention: Attention, keys: Repeat, values: Repeat) -> str:
     return ""
 
 
-def _fold(attention: Attention, keys: Repeat, values: Repeat, editor: Editor) -> None:
+def _fold(attention: Attention, keys: Repeat, values: Repeat, transposer: KeyTransposer) -> None:
+    editor = transposer.editors[id(attention.scope)]
     qk, av = attention.qk, attention.av
     query = qk.inputs[0]
     batch, heads, rows, width = static_shape(query) or ()
@@ -71,7 +72,7 @@ def _fold(attention: Attention, keys: Repeat, values: Repeat, editor: Editor) ->
     depth = (static_shape(av.outputs[0]) or ())[3]
 
     qk.inputs[0] = _reshaped(query, [*grouped, width], f"{query.name}.grouped", editor)
-    qk.inputs[1] = _transposed(keys, editor)
+    qk.inputs[1] = keys.source if keys.moved is None else transposer(keys.source, attention.scope)
     logits = qk.outputs[0]
     product = gs.Variable(editor.names.unique(f"{logits.name}.grouped"), logits.dtype, [*grouped, columns])
     qk.outputs = [product]
@@ -79,30 +80,11 @@ def _fold(attention: Attention, keys: Repeat, values: Repeat, editor: Editor) ->
 
     probabilities = av.inputs[0]
     av.inputs[0] = _reshaped(probabilities, [*grouped, columns], f"{probabilities.name}.grouped", editor)
-    av.inputs[1] = _transposed(values, editor)
+    av.inputs[1] = values.source
     mixed = av.outputs[0]
     result = gs.Variable(editor.names.unique(f"{mixed.name}.grouped"), mixed.dtype, [*grouped, depth])
     av.outputs = [result]
     _reshape_into(result, mixed, editor)
-
-
-def _transposed(repeat: Repeat, editor: Editor) -> gs.Tensor:
-    """The unrepeated tensor as its MatMul reads it; one Transpose however many steps read it."""
-    source = repeat.source
-    if repeat.moved is None:
-        return source
-    for user in source.outputs:
-        if user.op == "Transpose" and list(user.attrs.get("perm", ())) == [0, 1, 3, 2]:
-            return user.outputs[0]
-    batch, heads, length, width = static_shape(source) or ()
-    return editor.add(
-        "Transpose",
-        [source],
-        f"{source.name}.transposed",
-        dtype=source.dtype,
-        shape=[batch, heads, width, length],
-        attrs={"perm": [0, 1, 3, 2]},
-    )
 
 
 def _reshaped(tensor: gs.Tensor, shape: list[int], name: str, editor: Editor) -> gs.Variable:

@@ -8,14 +8,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import Editor, producer
-from pi05c.graph.io import scopes
 from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.key_transposer import SWAP_LAST, KeyTransposer
 from pi05c.passes.patterns.attention import Attention, find_attention
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
-
-_SWAP = [0, 1, 3, 2]
-"""Transpose of the last two of four axes."""
 
 
 @graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop", "fold_gqa"))
@@ -27,7 +24,7 @@ def split_prefix_attention(graph: gs.Graph, ctx: PassContext) -> None:
     where a part of the keys does not depend on the flow's state and the attention does.
     """
     parts = parts_of(graph)
-    transposer = _Transposer(graph, {id(scope): ctx.editor(scope) for scope in scopes(graph)})
+    transposer = KeyTransposer(graph, ctx)
     attentions, _ = find_attention(graph)
     candidates = 0
     for attention in attentions:
@@ -49,7 +46,7 @@ def split_prefix_attention(graph: gs.Graph, ctx: PassContext) -> None:
 def _keys(attention: Attention) -> gs.Node | None:
     """The Concat of keys behind the transpose that QK^T reads."""
     node = producer(attention.qk.inputs[1])
-    if node is None or node.op != "Transpose" or list(node.attrs.get("perm", ())) != _SWAP:
+    if node is None or node.op != "Transpose" or list(node.attrs.get("perm", ())) != SWAP_LAST:
         return None
     return _concat(node.inputs[0], 2)
 
@@ -73,32 +70,7 @@ def _obstacle(keys: gs.Node | None, values: gs.Node | None, parts: Mapping[int, 
     return ""
 
 
-class _Transposer:
-    """K^T of a part of the keys, one node however many steps read it, in the scope that makes the part."""
-
-    def __init__(self, graph: gs.Graph, editors: dict[int, Editor]) -> None:
-        self.editors = editors
-        self._scope_of: dict[int, gs.Graph] = {}
-        self._known: dict[int, gs.Tensor] = {}
-        for scope in scopes(graph):
-            for tensor in scope.inputs:
-                self._scope_of[id(tensor)] = scope
-            for node in scope.nodes:
-                self._scope_of.update({id(tensor): scope for tensor in node.outputs})
-
-    def __call__(self, keys: gs.Tensor, scope: gs.Graph) -> gs.Tensor:
-        if id(keys) not in self._known:
-            editor = self.editors[id(self._scope_of.get(id(keys), scope))]
-            batch, heads, length, width = static_shape(keys) or ()
-            shape = [batch, heads, width, length]
-            name = f"{keys.name}.transposed"
-            self._known[id(keys)] = editor.add(
-                "Transpose", [keys], name, dtype=keys.dtype, shape=shape, attrs={"perm": _SWAP}
-            )
-        return self._known[id(keys)]
-
-
-def _split(attention: Attention, keys: gs.Node, values: gs.Node, transposer: _Transposer) -> None:
+def _split(attention: Attention, keys: gs.Node, values: gs.Node, transposer: KeyTransposer) -> None:
     qk, av, scope = attention.qk, attention.av, attention.scope
     editor = transposer.editors[id(scope)]
     lengths = [(static_shape(part) or ())[2] for part in keys.inputs]

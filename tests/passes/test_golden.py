@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import golden_cases_exact  # noqa: F401 - registers its cases
 import onnx
 import pytest
 from golden_cases import CASES, METADATA_KEY, GoldenCase
