@@ -78,6 +78,7 @@ class Pass:
         min_opset: the graph is converted up to this opset before the pass runs.
         ranges: which tensors must be calibrated first, None for a pass that needs no ranges.
         ranges_optional: it runs unguarded, and says so, where there are no ranges.
+        formats: narrow number formats that it brings in, by ONNX's names, which a target must have.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Pass:
     min_opset: int = 0
     ranges: RangedTensors | None = None
     ranges_optional: bool = False
+    formats: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -134,6 +136,7 @@ def graph_pass(
     min_opset: int = 0,
     ranges: RangedTensors | None = None,
     ranges_optional: bool = False,
+    formats: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a pass; see `Pass` for the arguments."""
 
@@ -141,7 +144,7 @@ def graph_pass(
         name = function.__name__
         if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
             raise Pi05cError(f"two passes are called {name!r}: rename the one in {function.__module__}")
-        REGISTRY[name] = Pass(name, function, exact, after, min_opset, ranges, ranges_optional)
+        REGISTRY[name] = Pass(name, function, exact, after, min_opset, ranges, ranges_optional, formats)
         return function
 
     return register

@@ -30,7 +30,11 @@ def _factors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]:
 
 
 @graph_pass(
-    exact=False, after=("lower_precision", "pin_fp32", "quantize_linears"), min_opset=19, ranges=_factors
+    exact=False,
+    after=("lower_precision", "pin_fp32", "quantize_linears"),
+    min_opset=19,
+    ranges=_factors,
+    formats=("float8e4m3fn",),
 )
 def insert_attention_qdq(
     graph: gs.Graph, ctx: PassContext, *, vision: bool = False, min_keys: int = 64

@@ -25,7 +25,13 @@ def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: obje
             yield linear.activation
 
 
-@graph_pass(exact=False, after=("lower_precision", "pin_fp32"), min_opset=19, ranges=_activations)
+@graph_pass(
+    exact=False,
+    after=("lower_precision", "pin_fp32"),
+    min_opset=19,
+    ranges=_activations,
+    formats=("float8e4m3fn",),
+)
 def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...] = ()) -> None:
     """Put FP8 (E4M3) Q/DQ on both factors of each linear, weights stored in FP8.
 

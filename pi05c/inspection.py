@@ -16,11 +16,11 @@ from pi05c.graph.io import Model, load, scopes
 from pi05c.graph.weights import weight_of
 from pi05c.manifest import Manifest, PrecisionRecord, SourceRecord, TensorRecord, read_manifest, sha256
 from pi05c.precision import precision_of
+from pi05c.samples import RANDOM_WEIGHTS, WEIGHTS_KEY
 
 CONFIG_KEY = "pi05c.config"
 ROBOT_KEY = "pi05c.robot"
-RANDOM_KEY = "pi05c.weights_random"
-"""Entries of a model's metadata that `pi05c export` writes; the first two hold JSON, the last `true` or `false`."""
+"""Entries of a model's metadata that `pi05c export` writes in JSON."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def weight_totals(graph: gs.Graph) -> list[WeightTotal]:
 def source_of(model: Model, *, hashed: bool = True) -> SourceRecord:
     """Provenance of a graph: its own metadata, and the hash of its file and of its external data if `hashed`."""
     metadata = dict(model.metadata)
-    random = metadata.get(RANDOM_KEY)
+    weights = metadata.get(WEIGHTS_KEY)
     digest = ""
     if hashed and model.path is not None:
         digest = sha256([model.path, *data_files(model)])
@@ -132,7 +132,7 @@ def source_of(model: Model, *, hashed: bool = True) -> SourceRecord:
         name="" if model.path is None else model.path.name,
         sha256=digest,
         opset=int(model.graph.opset),
-        weights_random=None if random is None else random.strip().lower() in ("true", "1", "yes"),
+        weights_random=None if weights is None else weights == RANDOM_WEIGHTS,
         config=_json(metadata.pop(CONFIG_KEY, None)),
         robot=_json(metadata.pop(ROBOT_KEY, None)),
         metadata=metadata,
