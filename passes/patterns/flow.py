@@ -52,7 +52,7 @@ def flow_linears(graph: gs.Graph) -> tuple[list[Linear], list[Linear]]:
     by_node = {id(linear.node): linear for linear in find_linears(graph)}
     into, out = {}, {}
     for step in steps:
-        for user in consumers(step.state, MOVING):
+        for user in consumers(origin(step.state), MOVING):
             if id(user) in by_node:
                 into[id(user)] = by_node[id(user)]
         node = producer(origin(step.velocity, MOVING))

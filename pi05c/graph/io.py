@@ -8,6 +8,7 @@ What onnx-graphsurgeon 0.6 drops (metadata of model and nodes, doc strings, doma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -424,11 +425,54 @@ def _refuse_duplicates(graph: onnx.GraphProto) -> None:
 
 
 def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Infer element types and shapes; a model for which that fails keeps what it declares."""
-    try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return proto
+    """Infer element types and shapes; a model for which that fails keeps what it declares.
+
+    onnx's inference does not look outside a body for the constant that a Reshape or Expand in it reads, so each body
+    is lent those for the time.
+    """
+    lent = _lend_shapes(proto.graph, {})
+    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    for body, count in zip(_bodies(proto.graph), lent, strict=True):
+        del body.initializer[len(body.initializer) - count :]
+    return proto
+
+
+def _lend_shapes(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> list[int]:
+    """Give each body the small integer constants that it captures; how many each got, in the order of `_bodies`."""
+    known = {**outer, **{tensor.name: tensor for tensor in graph.initializer if _is_shape(tensor)}}
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
+        if value is not None and _is_shape(value):
+            known[node.output[0]] = value
+    counts = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                own = {value.name for value in (*body.input, *body.initializer)}
+                own.update(output for inner in body.node for output in inner.output)
+                read = dict.fromkeys(name for inner in body.node for name in inner.input if name not in own)
+                captured = [name for name in read if name in known]
+                deeper = _lend_shapes(body, {name: known[name] for name in known if name not in own})
+                for name in captured:
+                    body.initializer.add().CopyFrom(known[name])
+                    body.initializer[-1].name = name
+                counts += [len(captured), *deeper]
+    return counts
+
+
+def _is_shape(tensor: onnx.TensorProto) -> bool:
+    inline = tensor.data_location != onnx.TensorProto.EXTERNAL
+    return tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) <= 1 and inline
+
+
+def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Every subgraph, outer before inner."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield body
+                yield from _bodies(body)
 
 
 __all__ = ["Model", "load", "model_from_proto", "save", "scopes", "tensors", "to_proto"]

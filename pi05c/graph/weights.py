@@ -221,6 +221,9 @@ class Joined(Weight):
     def amax(self) -> float:
         return float(np.max([part.amax() for part in self.parts]))
 
+    def fingerprint(self) -> object:
+        return ("joined", self.axis, tuple(part.fingerprint() for part in self.parts))
+
 
 class Scaled(Weight):
     """`base` times `factor`, a float32 array that broadcasts to it, rounded once to `base`'s dtype or `dtype`."""
@@ -236,6 +239,10 @@ class Scaled(Weight):
     def read(self, region: Region) -> Array:
         factor = self.factor[_broadcast(region, self.factor.shape)]
         return (self.base.read(region).astype(np.float32) * factor).astype(self.dtype)
+
+    def fingerprint(self) -> object:
+        factor = (self.factor.shape, self.factor.tobytes())
+        return ("scaled", str(self.dtype), factor, self.base.fingerprint())
 
 
 class Cast(Weight):
@@ -277,6 +284,10 @@ class Quantized(Weight):
         if self.scale.size == 1:
             return _elementwise(lambda part: quantize(part, self.scale.reshape(())), values)
         return quantize(values, self.scale[_broadcast(region, self.scale.shape)])
+
+    def fingerprint(self) -> object:
+        scale = (self.scale.shape, self.scale.tobytes())
+        return ("quantized", str(self.dtype), scale, self.base.fingerprint())
 
 
 def whole(shape: Sequence[int]) -> Region:
