@@ -27,6 +27,10 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
 """onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
 
+_DISABLED_OPTIMIZERS = ["ConstantFolding", "LayerNormFusionL1", "LayerNormFusionL2"]
+"""Folding would widen narrow weights in memory; the fusion makes a node of two types where a normalization in float32
+reads float16 (onnxruntime 1.32)."""
+
 _ERRORS_ONLY = 3
 _MESSAGE_CHARACTERS = 600
 
@@ -77,7 +81,7 @@ class OnnxRuntimeRunner:
                 model,
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"],
+                disabled_optimizers=_DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"onnxruntime cannot load {path}: {_short(error)}") from error
