@@ -1,0 +1,36 @@
+"""pi05c compiles the pi0.5 robot policy from ONNX into a TensorRT engine.
+
+    pi05c.compile("model.onnx", "engine", passes="default", calibration=["recorded.npz"])
+
+Importing the package is light: each function imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pi05c.building import build
+    from pi05c.compilation import compile
+    from pi05c.frontend.export import export_model as export
+    from pi05c.inspection import inspect
+    from pi05c.verification import run, verify
+
+_WHERE = {
+    "build": ("pi05c.building", "build"),
+    "compile": ("pi05c.compilation", "compile"),
+    "export": ("pi05c.frontend.export", "export_model"),
+    "inspect": ("pi05c.inspection", "inspect"),
+    "run": ("pi05c.verification", "run"),
+    "verify": ("pi05c.verification", "verify"),
+}
+
+__all__ = ["build", "compile", "export", "inspect", "run", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _WHERE[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -101,7 +101,7 @@ def _flavour_for(backend: str | None, targets: Sequence[Target]) -> Flavour:
     able = [flavour for flavour in installed if tensorrt.can_build(targets, flavour) is None]
     if able:
         return able[0]
-    return next((flavour for flavour in Flavour if all(flavour in target.flavours for target in targets)))
+    return next(flavour for flavour in Flavour if all(flavour in target.flavours for target in targets))
 
 
 def refuse_unsupported(targets: Iterable[Target], dtypes: Iterable[str]) -> None:

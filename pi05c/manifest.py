@@ -6,21 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pi05c.folder import MANIFEST
 from pi05c.graph.errors import Pi05cError
 
-FORMAT = 1
+FORMAT: Final = 1
 """Raised whenever an older pi05c could not read what this one writes."""
 
 _READ_BYTES = 2**24
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class FileRecord(_Record):

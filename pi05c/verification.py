@@ -1,0 +1,135 @@
+"""`pi05c run` and `pi05c verify`: an engine folder or a graph, on the samples at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi05c.backend.gpu import compute_capabilities
+from pi05c.backend.onnxruntime import load_runner
+from pi05c.backend.signature import TensorSpec
+from pi05c.backend.targets import Flavour
+from pi05c.backend.tensorrt import load_engine
+from pi05c.comparison import Comparison, compare
+from pi05c.folder import GRAPH, PLAN, SAMPLES
+from pi05c.graph.dtypes import to_numpy
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.io import load
+from pi05c.graph.runner import Array, Runner
+from pi05c.manifest import Manifest, read_manifest
+from pi05c.precision import default_limit
+from pi05c.samples import Samples, input_specs, load_samples, save_samples
+
+ENGINE = "the engine on its GPU"
+SIMULATION = "its graph in onnxruntime"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ran on how many samples, and what came out."""
+
+    ran: str
+    output: Path
+    samples: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of a folder against the float32 reference of its samples.
+
+    Attributes:
+        limit: the largest relative L2 error that passes.
+        simulated: the graph in onnxruntime.
+        measured: the engine on its GPU; None where there is no GPU or no plan.
+        why_not_measured: the reason.
+    """
+
+    limit: float
+    simulated: Comparison
+    measured: Comparison | None
+    why_not_measured: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether what a robot would run is within the limit: the engine where it ran, else its graph."""
+        return (self.measured or self.simulated).passes(self.limit)
+
+
+def run(path: Path | str, inputs: Path | str, output: Path | str) -> RunResult:
+    """Run an engine folder or an ONNX file on the samples of an .npz file and write the outputs to another.
+
+    Raises:
+        Pi05cError: the folder, the samples or the output file cannot be used.
+    """
+    path, output = Path(path), Path(output)
+    if output.resolve() == Path(inputs).resolve():
+        raise Pi05cError(f"{output} is the file of the inputs: choose another -o")
+    graph = path / GRAPH if path.is_dir() else path
+    samples = load_samples([Path(inputs)], input_specs(load(graph)))
+    runner, ran = (load_runner(graph), SIMULATION)
+    if path.is_dir():
+        engine, _ = _engine(path, read_manifest(path))
+        if engine is not None:
+            runner, ran = engine, ENGINE  # type: ignore[assignment]
+    save_samples(output, [runner.run(sample) for sample in samples])
+    return RunResult(ran, output, len(samples))
+
+
+def verify(
+    folder: Path | str, *, samples: Path | str | None = None, max_error: float | None = None
+) -> Verdict:
+    """Compare an engine folder with the float32 reference of its samples, on the machine at hand.
+
+    Args:
+        samples: an .npz file of inputs with their reference outputs, as `samples.npz` of the folder, which is taken
+            where none is named.
+        max_error: the limit on the relative L2 error; None for the one that the folder was compiled with.
+
+    Raises:
+        Pi05cError: it is no engine folder, or there are no samples with reference outputs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    path = Path(samples) if samples is not None else folder / SAMPLES
+    if not path.is_file():
+        raise Pi05cError(
+            f"there is no {path} to verify against: name inputs with reference outputs with --samples FILE.npz"
+        )
+    model = load(folder / GRAPH)
+    wanted = [_spec(record.name, record.dtype, record.shape) for record in manifest.outputs]
+    found = load_samples([path], input_specs(model), wanted)
+    names = [spec.name for spec in wanted]
+    reference = [{name: sample[name] for name in names if name in sample} for sample in found]
+    if not all(reference):
+        raise Pi05cError(f"{path} holds no reference outputs ({', '.join(names)}): give samples that do")
+    simulated = compare(reference, _results(load_runner(folder / GRAPH), found, names))
+    engine, reason = _engine(folder, manifest)
+    measured = None if engine is None else compare(reference, _results(engine, found, names))
+    if max_error is None:
+        compiled = manifest.verification
+        max_error = compiled.limit if compiled is not None else default_limit(manifest.precision)
+    return Verdict(max_error, simulated, measured, reason)
+
+
+def _results(runner: Runner, samples: Samples, outputs: list[str]) -> list[dict[str, Array]]:
+    inputs = [{name: array for name, array in sample.items() if name not in outputs} for sample in samples]
+    return [dict(runner.run(sample)) for sample in inputs]
+
+
+def _engine(folder: Path, manifest: Manifest) -> tuple[Runner | None, str | None]:
+    """The folder's plan, loaded, or why it does not run here."""
+    if not (folder / PLAN).is_file():
+        return None, f"{folder} has no {PLAN} yet"
+    if not compute_capabilities():
+        return None, "this machine has no NVIDIA GPU"
+    assert manifest.engine.flavour is not None
+    return load_engine(folder / PLAN, Flavour(manifest.engine.flavour)), None
+
+
+def _spec(name: str, dtype: str, shape: list[int | str]) -> TensorSpec:
+    import onnx
+
+    named = {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
+    numpy_dtype = to_numpy(onnx.TensorProto.DataType.Value(named))
+    assert numpy_dtype is not None
+    return TensorSpec(name, numpy_dtype, tuple(dim if isinstance(dim, int) else None for dim in shape))
