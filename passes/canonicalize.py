@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import Editor
 from pi05c.graph.io import scopes
+from pi05c.graph.sort import sort_graph
 from pi05c.graph.weights import InMemory
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.fold_constants import fold_constants, transpose_before_cast
@@ -36,6 +37,7 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
             _as_matmul(gemm, editors[id(scope)])
     for name in transpose_before_cast(graph, editors):
         ctx.changed(name)
+    sort_graph(graph)  # folding goes in execution order, and what a Gemm became stands at the end
     for name in fold_constants(graph):
         ctx.changed(name)
     outputs = output_ids(graph)

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy
-from pi05c.graph.edit import producer, replace_input
-from pi05c.graph.weights import InMemory, array_of
+from pi05c.graph.edit import Editor, producer, replace_input
+from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.walk import each_node, output_ids
+from pi05c.passes.patterns.walk import constant, each_node, output_ids
 
 
 @graph_pass(exact=False)
@@ -23,20 +23,21 @@ def disable_conv2d_quant(graph: gs.Graph, ctx: PassContext) -> None:
     convolutions = list(each_node(graph, "Conv", "ConvTranspose"))
     if not convolutions:
         ctx.skip("graph", "it has no Conv")
-    for _, conv in convolutions:
-        changed = False
+    for scope, conv in convolutions:
+        changed, editor = False, ctx.editor(scope)
         for index, tensor in enumerate(list(conv.inputs)):
-            unquantized = _unquantized(tensor, ctx)
+            unquantized = _unquantized(tensor, editor)
             if unquantized is not None:
-                conv.inputs[index] = unquantized
+                conv.inputs[index] = editor.cast(unquantized, tensor.dtype)
                 changed = True
         for quantize in list(conv.outputs[0].outputs):
             if quantize.op != "QuantizeLinear" or id(quantize.outputs[0]) in outputs:
                 continue
             for dequantize in list(quantize.outputs[0].outputs):
                 if dequantize.op == "DequantizeLinear" and id(dequantize.outputs[0]) not in outputs:
+                    result = editor.cast(conv.outputs[0], dequantize.outputs[0].dtype)
                     for user in list(dequantize.outputs[0].outputs):
-                        replace_input(user, dequantize.outputs[0], conv.outputs[0])
+                        replace_input(user, dequantize.outputs[0], result)
                     changed = True
         if changed:
             ctx.changed(conv)
@@ -44,7 +45,7 @@ def disable_conv2d_quant(graph: gs.Graph, ctx: PassContext) -> None:
             ctx.skip(conv, "it is not quantized")
 
 
-def _unquantized(tensor: gs.Tensor, ctx: PassContext) -> gs.Tensor | None:
+def _unquantized(tensor: gs.Tensor, editor: Editor) -> gs.Tensor | None:
     """What a tensor was before Q/DQ, None where it is not dequantized."""
     dequantize = producer(tensor)
     if dequantize is None or dequantize.op != "DequantizeLinear":
@@ -52,8 +53,8 @@ def _unquantized(tensor: gs.Tensor, ctx: PassContext) -> gs.Tensor | None:
     quantize = producer(dequantize.inputs[0])
     if quantize is not None and quantize.op == "QuantizeLinear":
         return quantize.inputs[0]
-    codes, scale = dequantize.inputs[:2]
-    if not isinstance(codes, gs.Constant) or not isinstance(scale, gs.Constant):
+    codes, scale = dequantize.inputs[0], constant(dequantize.inputs[1])
+    if not isinstance(codes, gs.Constant) or scale is None:
         return None
     zero = array_of(dequantize.inputs[2]).astype(np.float32) if len(dequantize.inputs) > 2 else np.float32(0)
     values, factor = array_of(codes).astype(np.float32), array_of(scale).astype(np.float32)
@@ -62,5 +63,5 @@ def _unquantized(tensor: gs.Tensor, ctx: PassContext) -> gs.Tensor | None:
         shape = [1] * values.ndim
         shape[axis] = -1
         factor, zero = factor.reshape(shape), np.asarray(zero).reshape(shape) if np.ndim(zero) else zero
-    weight = ((values - zero) * factor).astype(to_numpy(scale.dtype))
-    return gs.Constant(ctx.names.unique(f"{codes.name}.dequantized"), InMemory(weight))
+    weight = ((values - zero) * factor).astype(to_numpy(tensor.dtype))
+    return editor.constant(f"{codes.name}.dequantized", weight)

@@ -13,7 +13,7 @@ from pi05c.graph.edit import Editor, producer
 from pi05c.graph.io import scopes
 from pi05c.graph.ranges import Ranges
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.attention import Attention, Chunk, find_attention
+from pi05c.passes.patterns.attention import Attention, Chunk, attention_operators, find_attention
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import origin, scalar, static_shape
 from pi05c.passes.quantize import E4M3_MAX, Quantizer, is_quantized, scale_of, working_precision
@@ -51,6 +51,8 @@ def insert_attention_qdq(
     attentions, others = find_attention(graph)
     for other in others:
         ctx.skip(other.softmax.name, other.reason)
+    for node in attention_operators(graph):
+        ctx.skip(node, "it is attention as one operator, which has no tensors inside to quantize")
     for attention in attentions:
         reason = _obstacle(attention)
         if not reason and not vision and parts[id(attention.qk)] == "vision":

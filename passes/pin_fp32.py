@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import FLOAT32, FLOAT64, is_float, to_numpy
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.attention import find_attention
+from pi05c.passes.patterns.attention import attention_operators, find_attention
 from pi05c.passes.patterns.flow import find_flow
 from pi05c.passes.patterns.norm import find_norms
 from pi05c.passes.patterns.rope import find_angles, find_rope
@@ -35,7 +35,10 @@ def pin_fp32(graph: gs.Graph, ctx: PassContext) -> None:
         if any(id(node) in before for node in region):
             ctx.changed(f"{kind} {name}")
     remove_redundant_casts(graph)
-    if not regions:
+    operators = attention_operators(graph)
+    for node in operators:
+        ctx.skip(node, "it is attention as one operator, whose softmax computes in the type that it chooses")
+    if not regions and not operators:
         ctx.skip("graph", "it has no softmax, norm, RoPE, time path or flow accumulation")
 
 

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
 from pi05c.passes.patterns.softmax import Softmax, find_softmaxes
-from pi05c.passes.patterns.walk import consumers, made_by, origin, output_ids, scalar
+from pi05c.passes.patterns.walk import consumers, each_node, made_by, origin, output_ids, scalar
 
 _BEFORE_SPLIT = frozenset({"Cast", "Identity", "Reshape"})
 _AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Reshape", "QuantizeLinear", "DequantizeLinear"})
@@ -82,6 +82,11 @@ def find_attention(graph: gs.Graph) -> tuple[list[Attention], list[NotAttention]
         else:
             refused.append(NotAttention(softmax, match))
     return found, refused
+
+
+def attention_operators(graph: gs.Graph) -> list[gs.Node]:
+    """Attentions that are one operator (ONNX 23, onnxruntime's own), whose inside no pass reaches."""
+    return [node for _, node in each_node(graph, "Attention", "MultiHeadAttention", "GroupQueryAttention")]
 
 
 def _match(softmax: Softmax, outputs: set[int]) -> Attention | str:
