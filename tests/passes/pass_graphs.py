@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
-from pi05c.backend.onnxruntime import load_runner
+from pi05c.backend.onnxruntime import OnnxRuntimeRunner
 from pi05c.graph.io import Model, model_from_proto, save, scopes
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.text import canonical_text
@@ -98,14 +98,19 @@ def run_passes(
 
 
 def measured(model: Model, names: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Ranges:
-    """Smallest and largest value of the named tensors over all samples."""
+    """Smallest and largest value of the named tensors over all samples; those inside bodies are not measured."""
     found: dict[str, list[Array]] = {name: [] for name in names}
     for sample in samples:
         values = {**sample, **outputs_of(model, sample, also=names)}
         for name in names:
-            found[name].append(values[name])
-    low = {name: float(np.min([np.min(value) for value in values])) for name, values in found.items()}
-    high = {name: float(np.max([np.max(value) for value in values])) for name, values in found.items()}
+            if name in values:
+                found[name].append(values[name])
+    low = {
+        name: float(np.min([np.min(value) for value in values])) for name, values in found.items() if values
+    }
+    high = {
+        name: float(np.max([np.max(value) for value in values])) for name, values in found.items() if values
+    }
     return Ranges(low, high, "tests")
 
 
@@ -120,7 +125,7 @@ def outputs_of(
         save(model, path)
         if also:
             _expose(path, also)
-        found: dict[str, Array] = load_runner(path).run(inputs)
+        found: dict[str, Array] = OnnxRuntimeRunner(path, threads=1).run(inputs)
     return found
 
 
@@ -128,7 +133,7 @@ def _expose(path: Path, names: Sequence[str]) -> None:
     proto = onnx.load(path, load_external_data=False)
     typed = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
     has = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    proto.graph.output.extend(typed[name] for name in names if name not in has)
+    proto.graph.output.extend(typed[name] for name in names if name not in has and name in typed)
     path.write_bytes(proto.SerializeToString())
 
 
@@ -191,3 +196,26 @@ def make_output(proto: onnx.ModelProto, name: str, dtype: int = onnx.TensorProto
     known = {value.name: value for value in inferred}
     copy.graph.output.append(known.get(name) or helper.make_tensor_value_info(name, dtype, None))
     return copy
+
+
+def renamed(proto: onnx.ModelProto, rename: Callable[[str], str]) -> onnx.ModelProto:
+    """The same model with other names for what its nodes make, its inputs and outputs excepted."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    kept = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    made = [output for node in proto.graph.node for output in node.output if output not in kept]
+    names = {name: rename(name) for name in made}
+    for graph in _graphs(copy.graph):
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+            node.name = rename(node.name)
+    return copy
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
