@@ -135,12 +135,15 @@ def compile(
         held_back = measured
         progress.warn("there is one sample only: it serves both calibration and verification")
 
+    calibrated = False
     with scratch(output) as work:
         reference = _run_all(path, held_back, progress, "run the plain graph")
 
         def calibrate(current: Model, tensors: Sequence[str]) -> Ranges | None:
             if measured is None:
                 return None
+            nonlocal calibrated
+            calibrated = True
             with progress.stage("calibrate") as update:
                 return cached_ranges(
                     current,
@@ -188,7 +191,7 @@ def compile(
             inputs=inputs,
             outputs=outputs,
             precision=precision,
-            calibration=_calibration_record(samples, measured),
+            calibration=_calibration_record(samples, measured) if calibrated else None,
             verification=verification,
             engine=engine_record(builder),
             files={},
