@@ -182,8 +182,7 @@ def _items(text: str) -> Iterator[str]:
             item = ""
         else:
             item += character
-    if item.strip() or text.endswith(","):
-        yield item.strip()
+    yield item.strip()
 
 
 def _options(text: str, item: str) -> Iterator[tuple[str, str]]:
