@@ -17,7 +17,8 @@ from pi05c.graph.dtypes import name_of
 from pi05c.graph.weights import weight_of
 
 _SHOWN_VALUES = 8
-"""Constants of up to this many elements are shown by value, larger ones by hash."""
+"""Constants of up to this many elements are shown by value (six digits, which do not depend on the processor that
+computed them), larger ones by hash."""
 
 
 def canonical_text(graph: gs.Graph) -> str:
@@ -66,7 +67,7 @@ def _initializer(constant: gs.Constant) -> str:
 
 def _values(array: Any) -> str:
     if array.dtype.kind in "fV":
-        items = [f"{float(value):.9g}" for value in array.reshape(-1)]
+        items = [f"{float(value):.6g}" for value in array.reshape(-1)]
     else:
         items = [str(value) for value in np.asarray(array).reshape(-1)]
     return items[0] if array.ndim == 0 else f"[{', '.join(items)}]"

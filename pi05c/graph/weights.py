@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +35,7 @@ _TABLE_THRESHOLD = 2**18
 """From this many 16-bit elements on, an elementwise function is cheaper as a table of all 65,536 inputs."""
 
 
-class Weight(LazyValues):  # type: ignore[misc]
+class Weight(LazyValues, ABC):  # type: ignore[misc]
     """A tensor that can be read region by region.
 
     Attributes:
@@ -50,9 +51,9 @@ class Weight(LazyValues):  # type: ignore[misc]
         self._amax: float | None = None
         self._checksum: str | None = None
 
+    @abstractmethod
     def read(self, region: Region) -> Array:
         """The elements of `region`, in this weight's dtype."""
-        raise NotImplementedError
 
     def load(self) -> Array:
         """The whole tensor in memory; a scalar is an array without axes, where indexing would give a number."""

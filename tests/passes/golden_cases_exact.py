@@ -1,10 +1,44 @@
-"""The golden cases of the exact rewrites behind `fuse_denoise_loop`."""
+"""The golden cases of the exact rewrites."""
 
 from __future__ import annotations
 
 import onnx
+import test_fuse_denoise_loop as loops
 from golden_cases import bfloat16, case
 from pass_graphs import graph_text, normal
+
+# fuse_denoise_loop
+
+
+@case(
+    "fuse_denoise_loop",
+    "Three steps of torch's while_loop become one straight graph; time MLP and adaRMS dense go.",
+)
+def fuse_denoise_loop__unrolled() -> onnx.ModelProto:
+    return loops.while_loop()
+
+
+@case(
+    "fuse_denoise_loop",
+    "mode=loop keeps the loop: what depends on the step alone is read from tables.",
+    options={"mode": "loop"},
+)
+def fuse_denoise_loop__kept_with_tables() -> onnx.ModelProto:
+    return loops.while_loop()
+
+
+@case("fuse_denoise_loop", "A Scan has as many steps as its scanned axis is long.")
+def fuse_denoise_loop__scan() -> onnx.ModelProto:
+    return loops.scan()
+
+
+@case(
+    "fuse_denoise_loop",
+    "A condition that depends on what the loop computes: its number of steps is not known.",
+)
+def fuse_denoise_loop__refused() -> onnx.ModelProto:
+    return loops.data_dependent()
+
 
 # fuse_projections
 
