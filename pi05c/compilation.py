@@ -166,7 +166,9 @@ def compile(
             plain.metadata["pi05c.pipeline"] = ",".join(step.text for step in steps)
             save(plain, work.folder / GRAPH)
         precision = precision_of(plain.graph)
-        limit = default_limit(precision) if max_error is None else max_error
+        limit = max_error
+        if limit is None:
+            limit = default_limit(precision, weights_random=source.weights_random)
         simulated = _run_all(work.folder / GRAPH, held_back, progress, "run the rewritten graph")
         verification = None
         if held_back is not None:
