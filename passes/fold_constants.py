@@ -9,8 +9,10 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import bits, to_numpy
 from pi05c.graph.edit import Editor, producer
+from pi05c.graph.errors import Pi05cError
 from pi05c.graph.evaluate import Evaluator
 from pi05c.graph.io import scopes
+from pi05c.graph.runner import Array
 from pi05c.graph.sort import captured_by
 from pi05c.graph.weights import Cast, InMemory, Reshaped, Transposed, Weight, weight_of
 from pi05c.passes.patterns.walk import output_ids, static_shape
@@ -46,18 +48,30 @@ def fold_constants(graph: gs.Graph) -> list[str]:
             if node.op not in _NEVER and node.domain in (None, "", "ai.onnx"):
                 _mark(node, known)
     wanted = _boundary(graph, known)
-    folded = [tensor.name for tensor in wanted]
     lazy = {id(tensor): weight for tensor in wanted if (weight := _moved(tensor)) is not None}
     rest = [tensor for tensor in wanted if id(tensor) not in lazy]
-    values = Evaluator(graph, rest)() if rest else []
-    for tensor, value in zip(rest, values, strict=True):
-        lazy[id(tensor)] = InMemory(value)
+    lazy.update((id(tensor), InMemory(value)) for tensor, value in _evaluated(graph, rest))
+    wanted = [tensor for tensor in wanted if id(tensor) in lazy]
+    folded = [tensor.name for tensor in wanted]
     for tensor in wanted:
         node = producer(tensor)
         assert node is not None
         node.outputs = [gs.Variable.empty() if output is tensor else output for output in node.outputs]
         tensor.to_constant(lazy[id(tensor)])
     return folded
+
+
+def _evaluated(graph: gs.Graph, tensors: list[gs.Tensor]) -> list[tuple[gs.Tensor, Array]]:
+    """The values of the tensors that onnxruntime can compute: arithmetic in bfloat16 and FP8 it mostly cannot."""
+    if not tensors:
+        return []
+    try:
+        return list(zip(tensors, Evaluator(graph, tensors)(), strict=True))
+    except Pi05cError:
+        if len(tensors) == 1:
+            return []
+    half = len(tensors) // 2
+    return _evaluated(graph, tensors[:half]) + _evaluated(graph, tensors[half:])
 
 
 def _mark(node: gs.Node, known: dict[int, _Known]) -> None:

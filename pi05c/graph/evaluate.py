@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, save
@@ -72,14 +75,30 @@ class Evaluator:
 
     def __call__(self, feeds: Mapping[str, Array] | None = None) -> list[Array]:
         """The values of `outputs`, in their order, for the given input values by name."""
-        values: dict[str, Array] = {}
+        values: dict[str, Any] = {}
         if self._names:
-            feeds = {name: (feeds or {})[name] for name in self._inputs}
-            values = dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+            from onnxruntime import OrtValue
+
+            given = {name: OrtValue.ortvalue_from_numpy((feeds or {})[name]) for name in self._inputs}
+            values = dict(
+                zip(self._names, self._session.run_with_ort_values(self._names, given), strict=True)
+            )
         return [
-            values[tensor.name] if isinstance(tensor, gs.Variable) else array_of(tensor)
+            _array(values[tensor.name], tensor) if isinstance(tensor, gs.Variable) else array_of(tensor)
             for tensor in self._outputs
         ]
+
+
+def _array(value: Any, tensor: gs.Variable) -> Array:
+    """A result as an array in the tensor's type; onnxruntime's own arrays know no bfloat16 and take FP8 for uint8."""
+    dtype = to_numpy(tensor.dtype)
+    array: Array
+    if dtype is None or dtype.type.__module__ == "numpy":
+        array = value.numpy()
+    else:
+        raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+        array = np.frombuffer(raw, dtype).reshape(value.shape())
+    return array
 
 
 def slice_of(outputs: Sequence[gs.Tensor], inputs: Sequence[gs.Tensor] = ()) -> list[gs.Node]:

@@ -47,12 +47,22 @@ class Ranges:
             return weight_of(tensor).amax()
         if tensor.name in self.high:
             return _largest([self.low[tensor.name], self.high[tensor.name]])
+        node = producer(tensor)
+        if node is not None and node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant):
+            return self._of_stored_codes(node)
         bounds = bounding_tensors(tensor)
         if bounds is None:
             return None
         found = [self.amax(bound) for bound in bounds]
         measured = [amax for amax in found if amax is not None]
         return None if len(measured) < len(found) else _largest(measured, 1.0)
+
+    def _of_stored_codes(self, dequantize: gs.Node) -> float | None:
+        """A bound of (codes - zero point) * scale, which is not that of the codes."""
+        codes, scale, *zero = [self.amax(tensor) for tensor in dequantize.inputs]
+        if codes is None or scale is None or None in zero:
+            return None
+        return (codes + sum(point for point in zero if point is not None)) * scale
 
 
 def _largest(values: Sequence[float], default: float = 0.0) -> float:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from pi05c.backend.onnxruntime import OnnxRuntimeRunner
 from pi05c.graph.io import Model, model_from_proto, save, scopes
@@ -188,13 +188,12 @@ def node_of(model: Model, output: str) -> gs.Node:
     raise AssertionError(f"no node makes {output!r}")
 
 
-def make_output(proto: onnx.ModelProto, name: str, dtype: int = onnx.TensorProto.FLOAT) -> onnx.ModelProto:
-    """The same model with one more output, a tensor that it computes."""
+def make_output(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The same model with one more output, a tensor that it computes and whose type can be inferred."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
-    known = {value.name: value for value in inferred}
-    copy.graph.output.append(known.get(name) or helper.make_tensor_value_info(name, dtype, None))
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
+    copy.graph.output.append(known[name])
     return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -26,6 +27,7 @@ from pass_graphs import (
 from recipe import broken_promises, counts
 
 from pi05c.graph.check import problems
+from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.io import Model, scopes
 from pi05c.graph.weights import array_of
@@ -118,7 +120,10 @@ def test_numbers(name: str) -> None:
     assert _error(name, _compiled(name)) < LIMIT
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize(
+    "name",
+    ["matmul", "TorchScript, opset 17", "loop, batch 2, two KV heads", "float16, TorchScript, batch 2"],
+)
 def test_exact_passes_are_exact(name: str) -> None:
     model = editable(_source(name)[0])
     run_passes(model, "exact")
@@ -151,18 +156,19 @@ def test_compiling_the_result_again(name: str) -> None:
 # A graph that ModelOpt quantized
 
 
-def modelopt_style(dtype: str = "float16") -> onnx.ModelProto:
-    """A Conv, a linear and an attention with Q/DQ of INT8 or FP8 as ModelOpt writes them, in one precision."""
+def modelopt_style(dtype: str, codes: str) -> onnx.ModelProto:
+    """A Conv and a linear with Q/DQ of one 8-bit type as ModelOpt writes them, in one precision, and an attention."""
     kind = np.float16 if dtype == "float16" else np.float32
+    code, largest = (np.int8, 127) if codes == "int8" else (ml_dtypes.float8_e4m3fn, 448)
     kernel, weight = normal(1, 16, 3, 4, 4, scale=0.2), normal(2, 16, 48)
     scales = {
-        "image_scale": np.asarray(4 / 127, kind),
-        "kernel_scale": (np.abs(kernel).max((1, 2, 3)) / 127).astype(kind),
-        "x_scale": np.asarray(6 / 127, kind),
-        "w_scale": (np.abs(weight).max(0) / 127).astype(kind),
-        "zero8": np.zeros((), np.int8),
-        "zero16": np.zeros(16, np.int8),
-        "zero48": np.zeros(48, np.int8),
+        "image_scale": np.asarray(4 / largest, kind),
+        "kernel_scale": (np.abs(kernel).max((1, 2, 3)) / largest).astype(kind),
+        "x_scale": np.asarray(6 / largest, kind),
+        "w_scale": (np.abs(weight).max(0) / largest).astype(kind),
+        "zero8": np.zeros((), code),
+        "zero16": np.zeros(16, code),
+        "zero48": np.zeros(48, code),
         "kernel": kernel.astype(kind),
         "w": weight.astype(kind),
         "o": normal(3, 16, 16, dtype=kind),
@@ -194,9 +200,10 @@ def modelopt_style(dtype: str = "float16") -> onnx.ModelProto:
     )
 
 
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float16", "float"])
-def test_quantized_by_modelopt(dtype: str) -> None:
-    proto = modelopt_style(dtype)
+def test_quantized_by_modelopt(dtype: str, codes: str) -> None:
+    proto = modelopt_style(dtype, codes)
     samples = [seeded_inputs(proto, seed) for seed in range(4)]
     model = editable(proto)
     run_passes(model, "default", samples[:2])
@@ -205,23 +212,23 @@ def test_quantized_by_modelopt(dtype: str) -> None:
     assert [node.op for node in above if node is not None] == ["DequantizeLinear"] * 2, (
         "what was quantized stays so"
     )
-    assert {np.dtype(node.inputs[0].dtype).name for node in above if node is not None} == {"int8"}
+    assert {str(to_numpy(node.inputs[0].dtype)) for node in above if node is not None} == {codes}
     conv = next(node for node in model.graph.nodes if node.op == "Conv")
     assert not [t for t in conv.inputs if t.inputs and t.inputs[0].op == "DequantizeLinear"]
     softmax = next(node for node in model.graph.nodes if node.op == "Softmax")
     assert np.dtype(softmax.inputs[0].dtype) == np.float32
-    out = next(
-        node for node in model.graph.nodes if node.op == "MatMul" and isinstance_weight(node, (16, 16))
-    )
+    out = next(node for node in model.graph.nodes if node.op == "MatMul" and _has_weight(node, (16, 16)))
     assert [producer(tensor).op for tensor in out.inputs] == ["DequantizeLinear"] * 2, "what was not is"
     for sample in samples[2:]:
-        assert relative_error(outputs_of(model, sample), outputs_of(proto, sample)) < 0.08
+        # The graph before rounds the pixels and the kernel to 8 bits, the one after does not.
+        limit = 0.08 if codes == "int8" else 0.15
+        assert relative_error(outputs_of(model, sample), outputs_of(proto, sample)) < limit
     once = text_of(model)
     run_passes(model, "default", samples[:2])
     assert text_of(model) == once
 
 
-def isinstance_weight(node: gs.Node, shape: tuple[int, ...]) -> bool:
+def _has_weight(node: gs.Node, shape: tuple[int, ...]) -> bool:
     """Whether the right factor of a MatMul is a stored weight of this shape, through Q/DQ."""
     tensor = node.inputs[1]
     while (above := producer(tensor)) is not None:

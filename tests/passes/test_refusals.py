@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import golden_cases_exact  # noqa: F401 - registers its cases
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -24,9 +25,11 @@ from pass_graphs import (
     text_of,
 )
 
+from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import producer
 from pi05c.graph.io import Model, scopes
 from pi05c.graph.ranges import Ranges
+from pi05c.graph.weights import array_of
 from pi05c.passes import REGISTRY
 
 NAN, INF = float("nan"), float("inf")
@@ -53,8 +56,10 @@ def quantizers(model: Model) -> list[gs.Node]:
 
 
 def _inner_tensors(proto: onnx.ModelProto) -> list[str]:
-    outputs = {value.name for value in proto.graph.output}
-    return [name for node in proto.graph.node for name in node.output if name and name not in outputs]
+    """What nodes of the main graph make, outputs excepted; an output must have a type, so what has none is left out."""
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    typed = {value.name for value in inferred.value_info if value.type.tensor_type.HasField("shape")}
+    return [name for node in proto.graph.node for name in node.output if name in typed]
 
 
 def _variants() -> Iterator[tuple[GoldenCase, str]]:
@@ -394,6 +399,51 @@ def test_casts_agree_with_what_they_make() -> None:
         assert np.dtype(node.inputs[0].dtype) != np.dtype(node.outputs[0].dtype)
 
 
+@pytest.mark.parametrize(
+    ("number", "use", "expected"),
+    [
+        (16, "Add(cast, x)", [1, 2, 3.5, 101]),
+        (17, "DequantizeLinear(cast, scale)", [1, 2, 3.5, 104]),
+        (2, "DequantizeLinear(cast, scale)", [1, 2, 3, 101]),
+    ],
+    ids=["bfloat16", "float8e4m3fn", "uint8"],
+)
+def test_folded_constants_keep_a_type_that_numpy_lacks(number: int, use: str, expected: list[float]) -> None:
+    """onnxruntime's arrays know no bfloat16, and take FP8 for unsigned integers."""
+    text = f"""
+    g (bfloat16[4] x, float scale) => (float[4] y) <float[4] a = {{0, 1, 2.5, 100}}, float one = {{1}}> {{
+      sum = Add(a, one)
+      cast = Cast<to = {number}>(sum)
+      used = {use}
+      wide = Cast<to = 1>(used)
+      y = Neg(wide)
+    }}"""
+    model = editable(graph_text(text))
+    run_pass(model, "canonicalize")
+    folded = node_of(model, "used").inputs[0]
+    assert isinstance(folded, gs.Constant)
+    assert to_onnx(folded.dtype) == number
+    assert array_of(folded).astype(np.float32).tolist() == expected
+
+
+def test_what_onnxruntime_cannot_compute_stays() -> None:
+    """It has no bfloat16 Add, which is no reason to fail, nor to leave what it can compute."""
+    text = """
+    g (float[4] x) => (float[4] y) <float[4] a = {0, 1, 2, 3}, float one = {1}> {
+      low = Cast<to = 16>(a)
+      odd = Add(low, low)
+      wide = Cast<to = 1>(odd)
+      sum = Add(a, one)
+      both = Mul(x, sum)
+      y = Add(both, wide)
+    }"""
+    model = editable(graph_text(text))
+    run_pass(model, "canonicalize")
+    assert isinstance(node_of(model, "both").inputs[1], gs.Constant)
+    inputs = {"x": np.array([1, 2, 3, 4], np.float32)}
+    assert outputs_of(model, inputs)["y"].tolist() == [1, 6, 13, 22]
+
+
 # Quantizers whose scale 16 bits cannot hold
 
 
@@ -430,3 +480,12 @@ def test_quantized_product_has_one_precision(smallest: float, low: bool) -> None
 def test_a_range_with_nan_is_no_range(pair: tuple[float, float]) -> None:
     ranges = Ranges({"x": pair[0]}, {"x": pair[1]})
     assert math.isnan(ranges.amax(gs.Variable("x", np.float32, [1])) or 0)
+
+
+@pytest.mark.parametrize(("scale", "amax"), [(0.01, 1.27), (3.0, 381.0)])
+def test_range_of_a_weight_that_is_stored_quantized(scale: float, amax: float) -> None:
+    """It is that of what the codes stand for, not of the codes."""
+    codes = np.array([[-127, 5], [0, 100]], np.int8)
+    text = f"g (float[4,2] x) => (float[4,2] y) <float scale = {{{scale}}}> {{ w = DequantizeLinear(codes, scale) y = MatMul(x, w) }}"
+    model = editable(graph_text(text.replace(" y = ", "\n y = "), {"codes": codes}))
+    assert ranges_of({}).amax(node_of(model, "w").outputs[0]) == pytest.approx(amax)
