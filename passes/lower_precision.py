@@ -14,7 +14,7 @@ from pi05c.graph.ranges import Ranges, bounding_tensors
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import QDQ, constant, each_node
-from pi05c.passes.retype import CONTROL_FLOW, Retyper, remove_redundant_casts
+from pi05c.passes.retype import CONTROL_FLOW, Retyper, remove_redundant_casts, takes
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 """Smallest positive number with the full significand (IEEE 754 binary16; bfloat16)."""
@@ -59,10 +59,10 @@ def lower_precision(
 
     A node stays in float32 where a measured output, or a constant that it reads, times `headroom` exceeds the
     largest 16-bit number, or where its output or a factor that it multiplies is so small everywhere that it would
-    be subnormal. So does one that reads a value of unknown range from a node that stays, and a quantizer, with its
-    MatMul, whose scale 16 bits would round too far. Without ranges only constants guard. Constants are not
-    rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original value; `canonicalize` bakes the
-    casts that are left. Values carried by Loop, Scan and If keep their type.
+    be subnormal. So does one that reads a value of unknown range from a node that stays, a quantizer, with its
+    MatMul, whose scale 16 bits would round too far, and an operator that has no such type. Without ranges only
+    constants guard. Constants are not rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original
+    value; `canonicalize` bakes the casts that are left. Values carried by Loop, Scan and If keep their type.
     """
     dtype = FLOAT16 if to == "float16" else BFLOAT16
     ranges = ctx.ranges or Ranges({}, {})
@@ -82,6 +82,8 @@ def lower_precision(
         if reason:
             ctx.skip(node, reason)
             kept.update(id(t) for t in node.outputs if id(node) in stuck or ranges.amax(t) is None)
+        elif not takes(node, dtype, graph.opset):
+            ctx.skip(node, f"{node.op} has no {dtype} at opset {graph.opset}")
         else:
             low.append(node)
     for node in Retyper(graph, ctx.names).run_in(low, dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import FLOAT32, is_float, to_numpy, to_onnx
@@ -129,6 +130,28 @@ class Retyper:
         assert made is not None
         self._scope_of[id(made)] = scope
         return cast
+
+
+def takes(node: gs.Node, dtype: Any, opset: int) -> bool:
+    """Whether an operator's version at `opset` allows `dtype` wherever the node reads or makes floats.
+
+    Conv and Sin, for example, know bfloat16 from opset 22 on. An operator that ONNX does not define is taken to.
+    """
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
+    except onnx.defs.SchemaError:
+        return True
+    allowed = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
+    wanted = f"tensor({to_numpy(dtype)})"
+    fixed = FIXED_INPUTS.get(node.op, ())
+    for formal, tensors, skipped in ((schema.inputs, node.inputs, fixed), (schema.outputs, node.outputs, ())):
+        for index, tensor in enumerate(tensors):
+            if index in skipped or not tensor.name or not is_float(tensor.dtype):
+                continue
+            kind = formal[min(index, len(formal) - 1)].type_str
+            if wanted not in allowed.get(kind, [kind]):
+                return False
+    return True
 
 
 def _without_borders(nodes: list[gs.Node]) -> list[gs.Node]:

@@ -100,8 +100,8 @@ def run_passes(
 def measured(model: Model, names: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Ranges:
     """Smallest and largest value of the named tensors over all samples; those inside bodies are not measured."""
     found: dict[str, list[Array]] = {name: [] for name in names}
-    for sample in samples:
-        values = {**sample, **outputs_of(model, sample, also=names)}
+    for sample, outputs in zip(samples, outputs_of_each(model, samples, also=names), strict=True):
+        values = {**sample, **outputs}
         for name in names:
             if name in values:
                 found[name].append(values[name])
@@ -114,10 +114,15 @@ def measured(model: Model, names: Sequence[str], samples: Sequence[Mapping[str, 
     return Ranges(low, high, "tests")
 
 
-def outputs_of(
-    model: Model | onnx.ModelProto, inputs: Mapping[str, Array], *, also: Sequence[str] = ()
-) -> dict[str, Array]:
-    """What onnxruntime makes of the inputs: the outputs, and the tensors of the main graph named in `also`."""
+def outputs_of(model: Model | onnx.ModelProto, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What onnxruntime makes of the inputs."""
+    return outputs_of_each(model, [inputs])[0]
+
+
+def outputs_of_each(
+    model: Model | onnx.ModelProto, samples: Sequence[Mapping[str, Array]], *, also: Sequence[str] = ()
+) -> list[dict[str, Array]]:
+    """What onnxruntime makes of each sample: the outputs, and the tensors of the main graph named in `also`."""
     if isinstance(model, onnx.ModelProto):
         model = editable(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,8 +130,8 @@ def outputs_of(
         save(model, path)
         if also:
             _expose(path, also)
-        found: dict[str, Array] = OnnxRuntimeRunner(path, threads=1).run(inputs)
-    return found
+        runner = OnnxRuntimeRunner(path, threads=1)
+        return [runner.run(sample) for sample in samples]
 
 
 def _expose(path: Path, names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from pass_graphs import (
     graph_text,
     normal,
     outputs_of,
+    outputs_of_each,
     ranges_of,
     relative_error,
     run_pass,
@@ -42,7 +43,7 @@ STYLES = {
     ),
     "opset 19": Style(steps=2, opset=19, linear="gemm", repeat="tile", rope="parts"),
     "opset 23 operators": Style(steps=2, opset=23, operators=True, mask="where"),
-    "loop, batch 2, two KV heads": Style(loop=True, batch=2, heads=4, kv_heads=2, horizon=7),
+    "loop, batch 2, two KV heads": Style(steps=4, loop=True, batch=2, heads=4, kv_heads=2, horizon=7),
     "unrolled, batch 2, KV heads not repeated": Style(
         steps=2, batch=2, kv_heads=2, repeat="tile", slashes=True
     ),
@@ -74,14 +75,21 @@ def _source(name: str) -> tuple[onnx.ModelProto, list[dict[str, Array]]]:
     return proto, [seeded_inputs(proto, seed) for seed in (*CALIBRATION, *HELD_BACK)]
 
 
+@cache
+def _expected(name: str) -> list[dict[str, Array]]:
+    proto, samples = _source(name)
+    return outputs_of_each(proto, samples[len(CALIBRATION) :])
+
+
 def _samples(name: str) -> list[dict[str, Array]]:
     return _source(name)[1][: len(CALIBRATION)]
 
 
 def _error(name: str, model: Model) -> float:
-    proto, samples = _source(name)
+    held_back = _source(name)[1][len(CALIBRATION) :]
     return max(
-        relative_error(outputs_of(model, s), outputs_of(proto, s)) for s in samples[len(CALIBRATION) :]
+        relative_error(actual, expected)
+        for actual, expected in zip(outputs_of_each(model, held_back), _expected(name), strict=True)
     )
 
 
@@ -151,6 +159,14 @@ def test_compiling_the_result_again(name: str) -> None:
     twice = text_of(model)
     run_passes(model, "default", samples)
     assert text_of(model) == twice
+
+
+@pytest.mark.parametrize("name", ["matmul", "TorchScript, opset 17"])
+def test_in_bfloat16(name: str) -> None:
+    model = editable(_source(name)[0])
+    run_passes(model, "default,lower_precision{to=bfloat16}", _samples(name))
+    assert broken_promises(model) == []
+    assert _error(name, model) < LIMIT
 
 
 # A graph that ModelOpt quantized

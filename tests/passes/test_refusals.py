@@ -25,7 +25,7 @@ from pass_graphs import (
     text_of,
 )
 
-from pi05c.graph.dtypes import to_onnx
+from pi05c.graph.dtypes import name_of, to_onnx
 from pi05c.graph.edit import producer
 from pi05c.graph.io import Model, scopes
 from pi05c.graph.ranges import Ranges
@@ -351,6 +351,29 @@ def test_fully_masked_row_stays_a_number() -> None:
 
 
 # Casts, fixed inputs and branches in the region that becomes float16
+
+
+@pytest.mark.parametrize(
+    ("to", "opset", "low"), [("bfloat16", 21, False), ("bfloat16", 22, True), ("float16", 21, True)]
+)
+def test_operators_without_the_type_stay(to: str, opset: int, low: bool) -> None:
+    """Conv and Sin know bfloat16 from opset 22 on."""
+    text = """
+    g (float[1,3,8,8] image) => (float[1,4,6,6] y) {
+      conv = Conv(image, w)
+      wave = Sin(conv)
+      y = Mul(conv, wave)
+    }"""
+    proto = graph_text(text, {"w": normal(1, 4, 3, 3, 3)}, opset=opset)
+    model = editable(proto)
+    result = run_pass(model, "lower_precision", to=to)
+    for name in ("conv", "wave"):
+        assert (name_of(node_of(model, name).outputs[0].dtype) == to) is low
+    assert [skip.where for skip in result.skips if to in skip.reason] == (
+        [] if low else ["conv.Conv", "wave.Sin"]
+    )
+    inputs = seeded_inputs(proto)
+    assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) < 0.02
 
 
 def test_resize_keeps_float32_scales_that_are_computed() -> None:
