@@ -414,7 +414,7 @@ def _location(tensor: onnx.TensorProto) -> str | None:
 
 
 def _refuse_duplicates(graph: onnx.GraphProto) -> None:
-    seen = {value.name for value in graph.input}
+    seen = {value.name for value in (*graph.input, *graph.initializer)}
     for node in graph.node:
         for output in node.output:
             if output and output in seen:

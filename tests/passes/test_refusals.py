@@ -27,6 +27,7 @@ from pass_graphs import (
 
 from pi05c.graph.dtypes import name_of, to_onnx
 from pi05c.graph.edit import producer
+from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, scopes
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.weights import array_of
@@ -512,3 +513,9 @@ def test_range_of_a_weight_that_is_stored_quantized(scale: float, amax: float) -
     text = f"g (float[4,2] x) => (float[4,2] y) <float scale = {{{scale}}}> {{ w = DequantizeLinear(codes, scale) y = MatMul(x, w) }}"
     model = editable(graph_text(text.replace(" y = ", "\n y = "), {"codes": codes}))
     assert ranges_of({}).amax(node_of(model, "w").outputs[0]) == pytest.approx(amax)
+
+
+def test_a_node_that_makes_an_initializer_is_refused() -> None:
+    text = "g (float[4] x) => (float[4] y) { a = Relu(x)\n y = Neg(a) }"
+    with pytest.raises(Pi05cError, match="'a' is produced twice"):
+        editable(graph_text(text, {"a": np.ones(4, np.float32)}))
