@@ -16,7 +16,7 @@ from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.attention import Attention, Chunk, attention_operators, find_attention
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import origin, scalar, static_shape
-from pi05c.passes.quantize import E4M3_MAX, Quantizer, is_quantized, scale_of, working_precision
+from pi05c.passes.quantize import E4M3_MAX, Quantizer, activation_scale, is_quantized, working_precision
 
 PROBABILITY_AMAX = 1.0
 """Softmax never exceeds 1, whatever the data, so its scale is 1/448."""
@@ -105,7 +105,7 @@ def _scales(attention: Attention, chunk: Chunk, ranges: Ranges) -> _Scales | str
         (chunk.av, chunk.av.inputs[1], 1.0),
     ):
         amax, dtype = ranges.amax(tensor), working_precision(node)
-        scale = None if amax is None or dtype is None else scale_of(amax * multiple, dtype)
+        scale = None if amax is None or dtype is None else activation_scale(amax * multiple, dtype)
         if scale is None:
             return f"{tensor.name!r} has no usable range"
         found.append(scale)

@@ -10,21 +10,54 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import FLOAT8E4M3FN, LARGEST, to_numpy
 from pi05c.graph.edit import Editor, producer
-from pi05c.graph.weights import Quantized, Transposed, weight_of
+from pi05c.graph.weights import Quantized, Transposed, Weight, weight_of
 from pi05c.passes.patterns.linear import Linear
 from pi05c.passes.patterns.walk import origin
 
 E4M3_MAX = LARGEST[FLOAT8E4M3FN]
 
 
-def scale_of(amax: float, dtype: np.dtype[np.generic]) -> np.ndarray | None:
-    """amax / 448 in `dtype`; None where that is zero, infinite, or `amax` is not a number or not positive."""
+WEIGHT_SCALES = 8
+"""Scales tried for a weight: amax / 448 times 2^(k/8), one octave, after which the rounding repeats."""
+
+
+def activation_scale(amax: float, dtype: np.dtype[np.generic]) -> np.ndarray | None:
+    """The power of two from which on `amax` fits E4M3; None where `dtype` has no such positive number.
+
+    A power of two scales exactly, so calibration data that differ a little give the same engine; of E4M3's 15
+    binades it costs less than one.
+    """
     if not math.isfinite(amax) or amax <= 0:
         return None
+    return _stored(2.0 ** math.ceil(math.log2(amax / E4M3_MAX)), dtype)
+
+
+def weight_scale(weight: Weight, dtype: np.dtype[np.generic]) -> np.ndarray | None:
+    """Of `WEIGHT_SCALES` scales that lose nothing to saturation, the one with the least squared rounding error.
+
+    None where the weight is zero, not finite, or too small for a scale in `dtype`.
+    """
+    amax = weight.amax()
+    if not math.isfinite(amax) or amax <= 0:
+        return None
+    wanted = [amax / E4M3_MAX * 2 ** (step / WEIGHT_SCALES) for step in range(WEIGHT_SCALES)]
+    scales = [scale for value in wanted if (scale := _stored(value, dtype)) is not None]
+    values, counts = weight.histogram()
+    return min(scales, key=lambda scale: _rounding_error(values, counts, float(scale)), default=None)
+
+
+def _stored(scale: float, dtype: np.dtype[np.generic]) -> np.ndarray | None:
+    """A scale as the graph stores it, None where that is zero or infinite."""
     with np.errstate(over="ignore", under="ignore"):
-        scale = np.asarray(amax / E4M3_MAX).astype(dtype)
-    value = float(scale)
-    return scale if math.isfinite(value) and value > 0 else None
+        stored = np.asarray(scale).astype(dtype)
+    value = float(stored)
+    return stored if math.isfinite(value) and value > 0 else None
+
+
+def _rounding_error(values: np.ndarray, counts: np.ndarray, scale: float) -> float:
+    codes = np.clip(values / np.float32(scale), -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    error = codes.astype(np.float64) * scale - values
+    return float(np.dot(error * error, counts))
 
 
 class Quantizer:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.io import scopes
+from pi05c.graph.weights import weight_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.flow import flow_linears
 from pi05c.passes.patterns.linear import Linear, find_linears
 from pi05c.passes.patterns.walk import static_shape
-from pi05c.passes.quantize import Quantizer, is_quantized, scale_of, working_precision
+from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
 
 MIN_SIZE = ALIGNMENT = 16
 """FP8 GEMM kernels take inner and outer sizes that are multiples of 16 bytes (TensorRT, ModelOpt's own rule)."""
@@ -35,14 +37,16 @@ def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: obje
 def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...] = ()) -> None:
     """Put FP8 (E4M3) Q/DQ on both factors of each linear, weights stored in FP8.
 
-    One scale a tensor, amax / 448, in the working precision: of the calibrated range for the activation, of the
-    weight's values for the weight, whose codes are computed from the weight as the checkpoint stores it. A tensor
+    One scale a tensor, in the working precision: for the activation the power of two from which on its calibrated
+    range fits, for the weight the best of eight between amax / 448 and twice that, by squared rounding error; its
+    codes are computed from the weight as the checkpoint stores it. A tensor
     that several linears read is quantized once, and so is a weight that several steps share. The linears at the
     two ends of the flow (action_in_proj, action_out_proj) and those that a pattern of `keep` names stay as they
     are.
     """
     kept = _kept(graph)
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
+    stored_scales: dict[int, np.ndarray | None] = {}
     for linear in find_linears(graph):
         reason = _obstacle(linear, kept, keep)
         if reason:
@@ -54,15 +58,17 @@ def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...]
         if amax is None or dtype is None:
             ctx.skip(linear.node, f"the range of {linear.activation.name!r} was not measured")
             continue
-        activation_scale = scale_of(amax, dtype)
-        weight_scale = scale_of(ctx.ranges.amax(linear.weight) or 0.0, dtype)
-        if activation_scale is None or weight_scale is None:
-            which = linear.activation if activation_scale is None else linear.weight
+        scale = activation_scale(amax, dtype)
+        if id(linear.weight) not in stored_scales:
+            stored_scales[id(linear.weight)] = weight_scale(weight_of(linear.weight), dtype)
+        stored_scale = stored_scales[id(linear.weight)]
+        if scale is None or stored_scale is None:
+            which = linear.activation if scale is None else linear.weight
             ctx.skip(linear.node, f"the range of {which.name!r} gives no usable scale in {dtype}")
             continue
         quantizer = quantizers[id(linear.scope)]
-        linear.node.inputs[0] = quantizer.activation(linear.activation, activation_scale)
-        linear.node.inputs[1] = quantizer.weight(linear, weight_scale)
+        linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
+        linear.node.inputs[1] = quantizer.weight(linear, stored_scale)
         if linear.node.op == "Gemm":
             linear.node.attrs.pop("transB", None)
         ctx.changed(linear.node)

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from pi05c.graph.dtypes import LARGEST, bits, to_numpy, to_onnx
+from pi05c.graph.dtypes import BFLOAT16, LARGEST, bits, to_numpy, to_onnx
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.runner import Array
 
@@ -49,6 +49,7 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.nbytes: int = (math.prod(self.shape) * bits(self.dtype) + 7) // 8
         self._amax: float | None = None
+        self._histogram: tuple[Array, Array] | None = None
         self._checksum: str | None = None
 
     @abstractmethod
@@ -81,6 +82,21 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
         if self._amax is None:
             self._amax = float(np.max([_amax(chunk) for chunk in self.chunks()], initial=0.0))
         return self._amax
+
+    def histogram(self) -> tuple[Array, Array]:
+        """How often each value occurs, values rounded to bfloat16, read once and remembered.
+
+        Returns:
+            The values in float32 and their counts in int64, of the 65,536 bfloat16 numbers those that occur.
+        """
+        if self._histogram is None:
+            counts = np.zeros(2**16, np.int64)
+            for chunk in self.chunks():
+                narrow = np.ascontiguousarray(chunk if chunk.dtype == BFLOAT16 else chunk.astype(BFLOAT16))
+                counts += np.bincount(narrow.reshape(-1).view(np.uint16), minlength=2**16)
+            codes = np.flatnonzero(counts)
+            self._histogram = (codes.astype(np.uint16).view(BFLOAT16).astype(np.float32), counts[codes])
+        return self._histogram
 
     def fingerprint(self) -> object:
         """A hashable that two weights share only if they hold the same bytes, found without reading large files.
