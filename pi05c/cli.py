@@ -4,39 +4,78 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
-from pi05c.graph.errors import Pi05cError, VerificationError
+from pi05c.graph.errors import Pi05cError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from pi05c.comparison import Comparison
     from pi05c.manifest import Manifest, PrecisionRecord
     from pi05c.progress import Progress
 
-_OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
-_INTERRUPTED = 130
-"""Exit status of a shell command ended by Ctrl-C (128 + SIGINT)."""
+_SAMPLES = "--calibration"
+"""The option that takes several words: `--calibration a.npz b.npz`."""
+
+_SIGNAL_STATUS = 128
+"""What a shell adds to the number of the signal that ended a command."""
+
+_ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+"""Signals that end a run as Ctrl-C does: scratch files go, the old engine stays. SIGHUP: the terminal was closed."""
 
 
 class _Group(TyperGroup):
     """Compiles where no command is named: `pi05c MODEL.onnx -o engine`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in _OWN_OPTIONS:
-            args = ["compile", *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, _spread(self._with_command(list(args))))
+
+    def _with_command(self, args: list[str]) -> list[str]:
+        """`args` with the command in front: options that all commands share may precede it, `compile` may be left out."""
+        shared = 0
+        while shared < len(args) and args[shared] in _SHARED_OPTIONS:
+            shared += 1
+        args = [*args[shared : shared + 1], *args[:shared], *args[shared + 1 :]]
+        if not args or args[0] in self.commands or args[0] in _OWN_OPTIONS:
+            return args
+        names_model = args[0].endswith(".onnx") or Path(args[0]).exists()
+        return ["compile", *args] if names_model or args[0].startswith("-") else args
+
+
+_OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+_SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
+
+
+def _spread(args: list[str]) -> list[str]:
+    """Repeat `--calibration` before each further sample that follows it."""
+    spread: list[str] = []
+    listing = False
+    for index, word in enumerate(args):
+        if listing and _is_samples(word, args[0]):
+            spread.append(_SAMPLES)
+        else:
+            listing = index > 0 and args[index - 1] == _SAMPLES
+        spread.append(word)
+    return spread
+
+
+def _is_samples(word: str, command: str) -> bool:
+    """Whether a word that follows samples is samples too; the folder that `export` takes is its checkpoint."""
+    return word.endswith(".npz") or (
+        command == "compile" and not word.startswith("-") and Path(word).is_dir()
+    )
 
 
 app = typer.Typer(
     cls=_Group,
-    no_args_is_help=True,
+    subcommand_metavar="MODEL.onnx | COMMAND [ARGS]...",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile the pi0.5 robot policy into a TensorRT engine: `pi05c MODEL.onnx --passes default -o engine`.",
@@ -138,7 +177,13 @@ def compile_command(
         verbose=verbose,
     )
     if json_:
-        _print_json({"folder": str(result.folder), **result.manifest.model_dump(mode="json")})
+        _print_json(
+            {
+                "folder": str(result.folder),
+                "seconds": result.seconds,
+                **result.manifest.model_dump(mode="json"),
+            }
+        )
     elif not quiet:
         _show_compiled(result.folder, result.manifest)
 
@@ -238,12 +283,13 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file of outputs to write.")],
     json_: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Run an engine on its GPU, else its graph in onnxruntime, saying which."""
     from pi05c.verification import run
 
-    result = run(path, inputs, output)
+    result = run(path, inputs, output, progress=_progress(quiet, verbose))
     if json_:
         _print_json({"ran": result.ran, "output": str(result.output), "samples": result.samples})
     elif not quiet:
@@ -259,12 +305,13 @@ def verify(
     max_error: MaxError = None,
     json_: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Compare an engine, or its graph, with the float32 reference of its samples; exit 3 past the limit."""
     from pi05c.verification import verify
 
-    verdict = verify(folder, samples=samples, max_error=max_error)
+    verdict = verify(folder, samples=samples, max_error=max_error, progress=_progress(quiet, verbose))
     if json_:
         _print_json(
             {
@@ -456,7 +503,7 @@ def _console() -> Any:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
+    typer.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
 
 
 def _progress(quiet: bool, verbose: bool) -> Progress:
@@ -465,38 +512,79 @@ def _progress(quiet: bool, verbose: bool) -> Progress:
     return Progress() if quiet else StderrProgress(verbose=verbose)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+class _Ended(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.status = _SIGNAL_STATUS + number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turn signals that end a process at once into an exception, so that what is half done is put away."""
+    numbers = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
+
+    def end(number: int, _frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
-        status = app(args=arguments, prog_name="pi05c", standalone_mode=False)
-        return int(status or 0)
-    except click.exceptions.Abort:
-        return _INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
-        return 1
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line in the main thread and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    completing = "_PI05C_COMPLETE" in os.environ
+    try:
+        with _ended_by_signals():
+            status = app(
+                args=arguments if arguments or completing else ["--help"],
+                prog_name="pi05c",
+                standalone_mode=False,
+            )
+        if status == _SIGNAL_STATUS + signal.SIGINT:
+            print("interrupted", file=sys.stderr)
+        return int(status or 0) if arguments else UsageError.exit_code
+    except (_Ended, KeyboardInterrupt) as error:
+        print("interrupted", file=sys.stderr)
+        return error.status if isinstance(error, _Ended) else _SIGNAL_STATUS + signal.SIGINT
     except Exception as error:
-        if debug:
-            raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, Pi05cError) else 1
+        message, status = _explained(error)
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exception(error)
+        print(f"error: {_printable(message)}", file=sys.stderr)
+        return status
 
 
-def _sentence(error: Exception) -> str:
-    """The message of an error without control characters, which names of tensors and files may hold."""
-    text = "".join(character if character.isprintable() else " " for character in str(error))
+def _explained(error: Exception) -> tuple[str, int]:
+    """One sentence for an error, and the exit status."""
     if isinstance(error, Pi05cError):
-        return text
+        return str(error), error.exit_code
+    if any(
+        kind.__name__ == "ClickException" for kind in type(error).__mro__
+    ):  # of click, or of typer's copy of it
+        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        command = "pi05c" if context is None else context.command_path
+        return f"{message[:1].lower()}{message[1:]} (see {command} --help)", UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return "memory ran out: use a machine with more, or end other programs", Pi05cError.exit_code
     kind = type(error).__name__
-    return f"pi05c has a defect ({kind}: {text}): run again with --debug and report the traceback"
+    defect = f"pi05c has a defect ({kind}: {error}): run again with --debug and report the traceback"
+    return defect, Pi05cError.exit_code
+
+
+def _printable(text: str) -> str:
+    """A message without control characters, which names of tensors and files may hold."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 __all__ = ["app", "main"]

@@ -113,6 +113,11 @@ def compile(
     """
     progress = progress or Progress()
     path, output = Path(model), Path(output)
+    if path.is_dir():
+        raise Pi05cError(
+            f"{path} is a folder, but an ONNX file is compiled: pi05c export makes one of a checkpoint, and "
+            "pi05c build makes the plan of an engine folder"
+        )
     steps = pipeline.parse(passes, PRESETS)
     builder = choose(backend, target, build_options)
     refuse_unsupported(builder.targets, {name for step in steps for name in step.spec.formats})
@@ -200,12 +205,11 @@ def compile(
         )
         if verification is not None and not verification.passed:
             worst = verification.worst()
-            kept = rejected(output)
-            _publish(work, kept, manifest)
+            kept = _keep(work, rejected(output), manifest, "the graph failed verification")
             raise VerificationError(
                 f"{worst.output} of held-back sample {worst.sample} has a relative L2 error of "
-                f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}: the result is kept as {kept} and must not "
-                "be deployed; leave out passes, or raise --max-error if this is acceptable"
+                f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}: the result {kept} and must not be "
+                "deployed; leave out passes, or raise --max-error if this is acceptable"
             )
         engine = _build(work, output, builder, manifest, progress)
         manifest = manifest.model_copy(update={"engine": engine})
@@ -261,9 +265,19 @@ def _build(
         try:
             return built(record, build_plan(work.folder, work.folder / PLAN, builder.options, update))
         except BuildError as error:
-            kept, temporary = failed(output), str(work.folder)
-            _publish(work, kept, manifest)
-            raise BuildError(str(error).replace(temporary, str(kept))) from error
+            _keep(work, failed(output), manifest, "the builder failed")
+            message = str(error).replace(str(work.folder), str(failed(output)))
+            raise BuildError(message) from error
+
+
+def _keep(work: Scratch, place: Path, manifest: Manifest, reason: str) -> str:
+    """Put what must not be deployed beside its place; the end of a sentence that says where it is."""
+    engine = manifest.engine.model_copy(update={"reason": reason})
+    try:
+        _publish(work, place, manifest.model_copy(update={"engine": engine}))
+    except Pi05cError as error:
+        return f"is not kept ({error})"
+    return f"is kept as {place}"
 
 
 def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:

@@ -55,13 +55,13 @@ class Inspection:
             "opset": self.opset,
             "nodes": self.nodes,
             "operators": self.operators,
-            "inputs": [record.model_dump() for record in self.inputs],
-            "outputs": [record.model_dump() for record in self.outputs],
+            "inputs": [record.model_dump(mode="json") for record in self.inputs],
+            "outputs": [record.model_dump(mode="json") for record in self.outputs],
             "weights": [vars(total) for total in self.weights],
-            "precision": [record.model_dump() for record in self.precision],
-            "source": self.source.model_dump(),
+            "precision": [record.model_dump(mode="json") for record in self.precision],
+            "source": self.source.model_dump(mode="json"),
             "files": self.files,
-            "manifest": None if self.manifest is None else self.manifest.model_dump(),
+            "manifest": None if self.manifest is None else self.manifest.model_dump(mode="json"),
         }
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from pi05c.folder import MANIFEST
 from pi05c.graph.errors import Pi05cError
@@ -20,7 +21,17 @@ _READ_BYTES = 2**24
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_NOT_FINITE = ("inf", "-inf", "nan")
+"""What stands for a number that JSON has no spelling for."""
+
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: float(value) if value in _NOT_FINITE else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else str(value), when_used="json"),
+]
 
 
 class FileRecord(_Record):
@@ -112,10 +123,10 @@ class ErrorRecord(_Record):
 
     sample: int
     output: str
-    relative_l2: float
+    relative_l2: Number
     cosine: float
     sqnr_db: float | None
-    max_abs: float
+    max_abs: Number
 
 
 class VerificationRecord(_Record):
@@ -216,6 +227,22 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
         for path in files
         if path.name != MANIFEST
     }
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check that the files of a folder are those that its manifest names, byte by byte.
+
+    Raises:
+        Pi05cError: one is missing or differs; a plan that a device made for itself is not in the manifest.
+    """
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise Pi05cError(f"{path} is missing: copy the folder again, or compile it again")
+        if path.stat().st_size != record.bytes or sha256([path]) != record.sha256:
+            raise Pi05cError(
+                f"{path} is not the file that {MANIFEST} names: copy the folder again, or compile it again"
+            )
 
 
 def sha256(paths: Iterable[Path]) -> str:

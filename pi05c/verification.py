@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
 from pi05c.graph.runner import Array, Runner
-from pi05c.manifest import Manifest, read_manifest
+from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.precision import default_limit
+from pi05c.progress import Progress, Update
 from pi05c.samples import Samples, input_specs, load_samples, save_samples
 
 ENGINE = "the engine on its GPU"
@@ -55,28 +57,45 @@ class Verdict:
         return (self.measured or self.simulated).passes(self.limit)
 
 
-def run(path: Path | str, inputs: Path | str, output: Path | str) -> RunResult:
+def run(
+    path: Path | str, inputs: Path | str, output: Path | str, *, progress: Progress | None = None
+) -> RunResult:
     """Run an engine folder or an ONNX file on the samples of an .npz file and write the outputs to another.
+
+    The engine runs where it can. Where there is a GPU and it does not load, its graph runs, with a warning.
 
     Raises:
         Pi05cError: the folder, the samples or the output file cannot be used.
     """
     path, output = Path(path), Path(output)
+    progress = progress or Progress()
     if output.resolve() == Path(inputs).resolve():
         raise Pi05cError(f"{output} is the file of the inputs: choose another -o")
+    if output.is_dir() or not output.parent.is_dir():
+        raise Pi05cError(f"{output} cannot be written: name a file in a folder that exists with -o")
+    engine: Runner | None = None
+    if path.is_dir():
+        try:
+            engine, _ = _engine(path, read_manifest(path))
+        except Pi05cError as error:
+            if not (path / PLAN).is_file():
+                raise
+            progress.warn(str(error))
     graph = path / GRAPH if path.is_dir() else path
     samples = load_samples([Path(inputs)], input_specs(load(graph)))
-    runner, ran = (load_runner(graph), SIMULATION)
-    if path.is_dir():
-        engine, _ = _engine(path, read_manifest(path))
-        if engine is not None:
-            runner, ran = engine, ENGINE  # type: ignore[assignment]
-    save_samples(output, [runner.run(sample) for sample in samples])
+    ran = SIMULATION if engine is None else ENGINE
+    with progress.stage(f"run {ran}") as update:
+        results = _results(engine or load_runner(graph), samples, (), update)
+    save_samples(output, results)
     return RunResult(ran, output, len(samples))
 
 
 def verify(
-    folder: Path | str, *, samples: Path | str | None = None, max_error: float | None = None
+    folder: Path | str,
+    *,
+    samples: Path | str | None = None,
+    max_error: float | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Compare an engine folder with the float32 reference of its samples, on the machine at hand.
 
@@ -86,10 +105,14 @@ def verify(
         max_error: the limit on the relative L2 error; None for the one that the folder was compiled with.
 
     Raises:
-        Pi05cError: it is no engine folder, or there are no samples with reference outputs.
+        Pi05cError: it is no engine folder, a file of it is not the one that was written, or there are no samples
+            with reference outputs.
     """
     folder = Path(folder)
+    progress = progress or Progress()
     manifest = read_manifest(folder)
+    with progress.stage("check the files"):
+        check_files(folder, manifest)
     path = Path(samples) if samples is not None else folder / SAMPLES
     if not path.is_file():
         raise Pi05cError(
@@ -102,18 +125,29 @@ def verify(
     reference = [{name: sample[name] for name in names if name in sample} for sample in found]
     if not all(reference):
         raise Pi05cError(f"{path} holds no reference outputs ({', '.join(names)}): give samples that do")
-    simulated = compare(reference, _results(load_runner(folder / GRAPH), found, names))
+    with progress.stage(f"run {SIMULATION}") as update:
+        simulated = compare(reference, _results(load_runner(folder / GRAPH), found, names, update))
     engine, reason = _engine(folder, manifest)
-    measured = None if engine is None else compare(reference, _results(engine, found, names))
+    measured = None
+    if engine is not None:
+        with progress.stage(f"run {ENGINE}") as update:
+            measured = compare(reference, _results(engine, found, names, update))
     if max_error is None:
         compiled = manifest.verification
         max_error = compiled.limit if compiled is not None else default_limit(manifest.precision)
     return Verdict(max_error, simulated, measured, reason)
 
 
-def _results(runner: Runner, samples: Samples, outputs: list[str]) -> list[dict[str, Array]]:
-    inputs = [{name: array for name, array in sample.items() if name not in outputs} for sample in samples]
-    return [dict(runner.run(sample)) for sample in inputs]
+def _results(
+    runner: Runner, samples: Samples, outputs: Sequence[str], update: Update
+) -> list[dict[str, Array]]:
+    """The outputs for each sample, of which `outputs` are references and not fed."""
+    results = []
+    for index, sample in enumerate(samples):
+        update(index / len(samples), f"sample {index + 1} of {len(samples)}")
+        inputs = {name: array for name, array in sample.items() if name not in outputs}
+        results.append(dict(runner.run(inputs)))
+    return results
 
 
 def _engine(folder: Path, manifest: Manifest) -> tuple[Runner | None, str | None]:
@@ -122,7 +156,8 @@ def _engine(folder: Path, manifest: Manifest) -> tuple[Runner | None, str | None
         return None, f"{folder} has no {PLAN} yet"
     if not compute_capabilities():
         return None, "this machine has no NVIDIA GPU"
-    assert manifest.engine.flavour is not None
+    if manifest.engine.flavour is None:
+        return None, f"{folder} was compiled without a plan"
     return load_engine(folder / PLAN, Flavour(manifest.engine.flavour)), None
 
 
