@@ -228,17 +228,21 @@ def _sync(folder: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders; in one step on Linux, elsewhere by two renames of which the first is undone on failure."""
+    code = _renameat2(new, old)
+    if code in _NO_EXCHANGE:
+        _exchange_by_renames(new, old)
+    elif code:
+        raise OSError(code, os.strerror(code), str(old))
+
+
+def _renameat2(new: Path, old: Path) -> int:
+    """Exchange two paths in one step; 0, or the errno of the failure."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
-        _exchange_by_renames(new, old)
-        return
-    if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in _NO_EXCHANGE:
-        raise OSError(code, os.strerror(code), str(old))
-    _exchange_by_renames(new, old)
+        return errno.ENOSYS
+    paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
+    return 0 if renameat2(*paths, _RENAME_EXCHANGE) == 0 else ctypes.get_errno()
 
 
 def _exchange_by_renames(new: Path, old: Path) -> None:
