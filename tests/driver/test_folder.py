@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from small_folder import write_engine
 
 from pi05c import folder
