@@ -384,6 +384,22 @@ def test_build_for_another_target(
     assert content(output) == before
 
 
+def test_tensorrt_rtx_builds_for_two_targets_without_a_gpu(
+    policy: Path, output: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building needs the extra [rtx]")
+    manifest = pi05c.compile(
+        policy,
+        output,
+        passes="default",
+        target="sm89,sm120",
+        backend="tensorrt-rtx",
+        cache=tmp_path / "cache",
+    ).manifest
+    assert manifest.engine.targets == ["sm89", "sm120"]
+    assert manifest.files[PLAN].bytes == (output / PLAN).stat().st_size > 0
+
+
 def test_the_report_escapes_names_of_the_model(tmp_path: Path, output: Path) -> None:
     write_samples(tmp_path / "model.calibration.npz")
     model = write_policy(
