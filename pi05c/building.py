@@ -36,6 +36,9 @@ NO_PLAN = "onnxruntime"
 DEFAULT_TARGET = "sm120"
 """What TensorRT-RTX builds for where no target is named and no GPU is present: consumer Blackwell."""
 
+_STORED_TYPES = {"float16", "bfloat16"}
+"""Types of checkpoints, which no choice of passes takes out of every weight."""
+
 _PROFILE = re.compile(r"(?P<name>[^=]+)=(?P<min>[^:]+):(?P<opt>[^:]+):(?P<max>[^:]+)\Z")
 
 
@@ -110,12 +113,12 @@ def refuse_unsupported(targets: Iterable[Target], dtypes: Iterable[str]) -> None
     Raises:
         Pi05cError: names the target, what it lacks and what it has.
     """
-    dtypes = list(dtypes)
+    wanted = set(dtypes)
     for target in targets:
-        if reason := unsupported(target, dtypes):
-            raise Pi05cError(
-                f"{reason}: choose another --target, or --passes fp16 (or default without the passes that quantize)"
-            )
+        if reason := unsupported(target, wanted):
+            by_passes = unsupported(target, wanted - _STORED_TYPES) is not None
+            passes = ", or --passes fp16 (or default without the passes that quantize)" if by_passes else ""
+            raise Pi05cError(f"{reason}: choose another --target{passes}")
 
 
 def refuse_without_profile(builder: Builder, inputs: Sequence[TensorRecord]) -> None:

@@ -75,11 +75,15 @@ def default_limit(records: Iterable[PrecisionRecord], *, weights_random: bool | 
 
 
 def dtypes_of(graph: gs.Graph) -> set[str]:
-    """Every element type that a node of the graph or its bodies makes, by ONNX's name."""
+    """Every element type that a node of the graph or its bodies reads or makes, by ONNX's name.
+
+    A stored weight counts even where it is only cast: builders refuse types that the target lacks (TensorRT-RTX 1.7
+    does so for bfloat16 weights on SM75).
+    """
     return {
         name_of(tensor.dtype)
         for _, node in each_node(graph)
-        for tensor in node.outputs
+        for tensor in (*node.inputs, *node.outputs)
         if tensor.dtype is not None
     }
 

@@ -290,6 +290,21 @@ def test_formats_that_a_target_lacks_are_refused_before_anything_is_written(
     assert not output.parent.exists()
 
 
+def test_a_stored_type_that_a_target_lacks_is_refused(
+    policy: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_worker(monkeypatch, tmp_path, BUILDS)
+    options = {"target": "sm75", "cache": tmp_path / "cache", "max_error": 1.0}
+    with pytest.raises(
+        Pi05cError, match=r"has no BF16 tensor cores; it has FP16, INT8: choose another --target$"
+    ):
+        pi05c.compile(
+            policy, output, passes="canonicalize,fuse_denoise_loop,lower_precision{to=bfloat16}", **options
+        )
+    assert not output.parent.exists()
+    assert pi05c.compile(policy, output, passes="fp16", **options).manifest.engine.targets == ["sm75"]
+
+
 def test_the_default_target_without_a_gpu_is_said(
     policy: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
