@@ -1,0 +1,290 @@
+"""The README and docs/ say what is true of the code, as far as that can be checked without compiling a model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+import pytest
+import typer
+from onnx import parser
+
+import pi05c
+from pi05c.backend.targets import TARGETS, Flavour
+from pi05c.cli import app
+from pi05c.frontend.config import CONFIGS
+from pi05c.graph.io import model_from_proto
+from pi05c.passes import PRESETS, REGISTRY, graph_pass
+from pi05c.passes.contract import PassContext
+from pi05c.passes.patterns.walk import each_node, made_by, output_ids
+from pi05c.passes.pipeline import Step, parse, run
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = (README, *sorted(DOCS.glob("*.md")))
+
+_FENCE = re.compile(r"^```\w*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:^ {4}.+\n)+", re.MULTILINE)
+_CODE_SPAN = re.compile(r"`(?P<body>[^`\n]+)`")
+_OPTION = re.compile(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])")
+_LINK = re.compile(r"\]\((?P<target>[^)#\s]+)[^)]*\)")
+_PROMPT = re.compile(r"^\$ ")
+
+OTHER_TOOLS = {"--update-golden"}
+"""Options of other programs that the pages name: pytest's, of `tests/conftest.py`."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One pi05c command line that a page shows."""
+
+    page: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)}"
+
+
+def _snippets(text: str) -> list[str]:
+    """Lines of code blocks, and code spans."""
+    fenced = [match["body"] for match in _FENCE.finditer(text)]
+    rest = _FENCE.sub("", text)
+    blocks = [*fenced, *(match[0] for match in _INDENTED.finditer(rest))]
+    lines = [_PROMPT.sub("", line.strip()) for block in blocks for line in block.splitlines()]
+    return [*lines, *(match["body"] for match in _CODE_SPAN.finditer(_INDENTED.sub("", rest)))]
+
+
+def _invocations() -> list[Invocation]:
+    found = []
+    for page in PAGES:
+        for snippet in _snippets(page.read_text()):
+            if snippet.startswith("pi05c "):
+                words = shlex.split(snippet)[1:]
+                if words[0].isupper():  # `pi05c COMMAND --help`
+                    continue
+                found.append(Invocation(page.name, tuple(words)))
+    return found
+
+
+def _commands() -> dict[str, set[str]]:
+    """Every command with its options, as the command line declares them."""
+    group = typer.main.get_command(app)
+    return {
+        name: {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        | {"--help", "-h"}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+COMMANDS = _commands()
+INVOCATIONS = _invocations()
+
+
+def test_pages_show_every_command() -> None:
+    shown = {words.words[0] for words in INVOCATIONS}
+    assert set(COMMANDS) <= shown
+
+
+@pytest.mark.parametrize("invocation", INVOCATIONS, ids=str)
+def test_shown_command_lines_exist(invocation: Invocation) -> None:
+    first, *_ = invocation.words
+    if first not in COMMANDS:
+        assert first.endswith(".onnx"), f"{first!r} is neither a command nor a model"
+        first = "compile"
+    options = [word.split("=")[0] for word in invocation.words if word.startswith("-")]
+    assert set(options) <= COMMANDS[first]
+
+
+@pytest.mark.parametrize("invocation", INVOCATIONS, ids=str)
+def test_shown_values_exist(invocation: Invocation) -> None:
+    names = {name for target in TARGETS for name in (target.name, *target.aliases)}
+    for option, value in zip(invocation.words, invocation.words[1:], strict=False):
+        if option == "--passes":
+            parse(value, PRESETS)
+        elif option == "--target":
+            assert set(value.split(",")) <= names
+        elif option == "--config":
+            assert value in CONFIGS
+        elif option == "--backend":
+            assert value in {"onnxruntime", *(flavour.value for flavour in Flavour)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_options_exist(page: Path) -> None:
+    known = set().union(*COMMANDS.values(), OTHER_TOOLS)
+    assert set(_OPTION.findall(page.read_text())) <= known
+
+
+def test_pipelines_in_the_readme_parse() -> None:
+    spans = [match["body"] for match in _CODE_SPAN.finditer(README.read_text())]
+    pipelines = [span for span in spans if span.startswith("default,")]
+    assert pipelines
+    for text in pipelines:
+        parse(text, PRESETS)
+
+
+def test_readme_lists_the_default_passes_in_order() -> None:
+    listed = re.findall(r"^\d+\. `(\w+)`", README.read_text(), re.MULTILINE)
+    assert tuple(listed) == PRESETS["default"]
+
+
+def test_readme_states_the_versions_of_python() -> None:
+    oldest, newest = re.search(r"Python (3\.\d+) to (3\.\d+)", README.read_text()).groups()  # type: ignore[union-attr]
+    limit = f'requires-python = ">={oldest},<3.{int(newest.split(".")[1]) + 1}"'
+    assert limit in (ROOT / "pyproject.toml").read_text()
+
+
+def test_readme_names_every_extra() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.split("[project.optional-dependencies]\n")[1].split("\n\n")[0]
+    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+    assert re.findall(r"^\| `\[(\w+)\]`", README.read_text(), re.MULTILINE) == extras
+
+
+def test_python_example_names_what_pi05c_has() -> None:
+    named = set(re.findall(r"\bpi05c\.(\w+)\(", README.read_text())) | set(
+        re.findall(r"`pi05c\.([a-z]+)`", README.read_text())
+    )
+    assert named == set(pi05c.__all__)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for match in _LINK.finditer(page.read_text()):
+            target = match["target"]
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# docs/passes.md
+
+
+def _sections() -> dict[str, str]:
+    parts = re.split(r"^## (\w+)\n", (DOCS / "passes.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_each_pass_has_a_section_in_default_order() -> None:
+    assert list(_sections()) == list(dict.fromkeys([*PRESETS["default"], *REGISTRY]))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_section_states_exactness_and_options(name: str) -> None:
+    spec = REGISTRY[name]
+    options = ", ".join(f"`{key}={option.default}`" for key, option in spec.options.items()) or "none"
+    assert f"Exact: {'yes' if spec.exact else 'no'}. Options: {options}." in _sections()[name]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_section_says_what_the_docstring_says(name: str) -> None:
+    docstring = " ".join((REGISTRY[name].function.__doc__ or "").split())
+    assert docstring
+    assert docstring in " ".join(_sections()[name].split())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_examples_are_golden(name: str) -> None:
+    section = _sections()[name]
+    case = re.search(r"Before \(`(\w+)`\)", section)
+    assert case is not None
+    before, after = (match["body"] for match in _FENCE.finditer(section))
+    golden = ROOT / "golden" / name / case[1]
+    assert before == golden.with_suffix(".before.txt").read_text()
+    assert after == golden.with_suffix(".after.txt").read_text()
+
+
+def test_presets_are_listed() -> None:
+    text = (DOCS / "passes.md").read_text()
+    for name, members in PRESETS.items():
+        assert f"`{name}`: {', '.join(members) or 'nothing'}" in text
+
+
+# docs/targets.md
+
+
+def test_target_table_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| (sm\d+) \|.*$", (DOCS / "targets.md").read_text(), re.MULTILINE)
+    assert rows == [target.name for target in TARGETS]
+    lines = (DOCS / "targets.md").read_text().splitlines()
+    for target in TARGETS:
+        cells = [
+            target.name,
+            target.architecture,
+            ", ".join(name.upper() for name in target.formats),
+            ", ".join(flavour.product for flavour in target.flavours),
+            ", ".join(target.aliases),
+        ]
+        assert f"| {' | '.join(cells)} |" in lines
+
+
+# docs/architecture.md and docs/writing-a-pass.md
+
+
+def test_named_files_exist() -> None:
+    for page in PAGES:
+        for row in re.findall(r"^\| `([\w/]+)` \|.*$", page.read_text(), re.MULTILINE):
+            assert page != DOCS / "architecture.md" or (ROOT / row).is_dir(), row
+    for line in (DOCS / "architecture.md").read_text().splitlines():
+        cells = line.split("|")
+        if len(cells) > 3 and (folder := ROOT / cells[1].strip(" `")).is_dir():
+            for name in re.findall(r"`(\w+\.py|\w+/)`", line):
+                assert (folder / name).exists(), f"{folder.name}/{name}"
+
+
+def _example() -> str:
+    return next(match["body"] for match in _FENCE.finditer((DOCS / "writing-a-pass.md").read_text()))
+
+
+def test_example_pass_does_what_its_page_says() -> None:
+    known = dict(REGISTRY)
+    scope = {
+        "graph_pass": graph_pass,
+        "gs": gs,
+        "PassContext": PassContext,
+        "each_node": each_node,
+        "made_by": made_by,
+        "output_ids": output_ids,
+        "__name__": "example",
+    }
+    try:
+        exec(compile(_example(), "writing-a-pass.md", "exec", dont_inherit=True), scope)
+        (name,) = REGISTRY.keys() - known.keys()
+        spec = REGISTRY[name]
+        model = model_from_proto(
+            parser.parse_model(
+                """<ir_version: 10, opset_import: ["": 21]>
+                example (float[4] x) => (float[4] y, float[4] z) {
+                  a = Neg(x)
+                  b = Neg(a)
+                  y = Exp(b)
+                  z = Neg(a)
+                }"""
+            )
+        )
+        first = run(model, [Step(spec)])[0]
+        assert (len(first.changes), len(first.skips)) == (1, 1)
+        exp = next(node for node in model.graph.nodes if node.op == "Exp")
+        assert exp.inputs[0].name == "x"
+        assert run(model, [Step(spec)])[0].changes == ()
+    finally:
+        for added in REGISTRY.keys() - known.keys():
+            del REGISTRY[added]
+
+
+def test_readme_sample_of_a_refusal_is_what_is_printed(tmp_path: Path) -> None:
+    message = next(
+        line.strip() for line in README.read_text().splitlines() if line.strip().startswith("error:")
+    )
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"")  # the target is refused before the model is read
+    command = [sys.executable, "-m", "pi05c", str(model), "--passes", "default", "--target", "orin"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "engine")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, message)
