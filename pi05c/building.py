@@ -13,19 +13,19 @@ from pi05c.backend import tensorrt
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.targets import Flavour, Target, parse_targets, target_of, unsupported
 from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
-from pi05c.folder import FAILED_BUILD, GRAPH, PLAN
+from pi05c.folder import FAILED_BUILD, GRAPH, PLAN, REPORT
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
 from pi05c.manifest import (
     EngineRecord,
-    FileRecord,
     Manifest,
     TensorRecord,
+    file_record,
     read_manifest,
-    sha256,
     write_manifest,
 )
 from pi05c.precision import dtypes_of
 from pi05c.progress import Progress, Update
+from pi05c.report import write_report
 
 if TYPE_CHECKING:
     from pi05c.backend.tensorrt import BuildProgress
@@ -67,9 +67,12 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
         options: the other fields of `BuildOptions`.
 
     Raises:
-        UsageError: an unknown backend or target; no builder is installed and no target is named for which the
+        UsageError: an unknown backend or target; a time limit that is not positive; no builder is installed and no target is named for which the
             plan could be built elsewhere.
     """
+    time_limit = options.get("time_limit_s")
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"--time-limit {time_limit:g} leaves no time to build: give seconds above 0")
     targets = parse_targets(target) if target is not None else ()
     if backend == NO_PLAN:
         return Builder(None, targets)
@@ -272,13 +275,16 @@ def build(
     try:
         with progress.stage("build the engine") as update:
             result = build_plan(folder, partial, builder.options, update)
-        files = {name: record for name, record in manifest.files.items() if name != PLAN}
+        files = {name: record for name, record in manifest.files.items() if name not in (PLAN, REPORT)}
         write_manifest(folder, manifest.model_copy(update={"engine": engine_record(builder), "files": files}))
         partial.replace(folder / PLAN)
     finally:
         partial.unlink(missing_ok=True)
-    files[PLAN] = FileRecord(bytes=result.plan_bytes, sha256=sha256([folder / PLAN]))
-    manifest = manifest.model_copy(update={"engine": built(engine_record(builder), result), "files": files})
+    files[PLAN] = file_record(folder / PLAN)
+    manifest = manifest.model_copy(update={"engine": built(engine_record(builder), result)})
+    write_report(folder, manifest)
+    files[REPORT] = file_record(folder / REPORT)
+    manifest = manifest.model_copy(update={"files": files})
     write_manifest(folder, manifest)
     return manifest
 

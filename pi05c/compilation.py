@@ -53,7 +53,7 @@ from pi05c.manifest import (
     write_manifest,
 )
 from pi05c.passes import PRESETS, pipeline
-from pi05c.precision import default_limit, dtypes_of, precision_of
+from pi05c.precision import default_limit, dtypes_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
 from pi05c.samples import Samples, find_samples, save_samples, split
@@ -118,6 +118,7 @@ def compile(
             f"{path} is a folder, but an ONNX file is compiled: pi05c export makes one of a checkpoint, and "
             "pi05c build makes the plan of an engine folder"
         )
+    refuse_limit(max_error)
     steps = pipeline.parse(passes, PRESETS)
     builder = choose(backend, target, build_options)
     refuse_unsupported(builder.targets, {name for step in steps for name in step.spec.formats})
@@ -166,6 +167,12 @@ def compile(
                 calibrate=calibrate,
                 before_step=lambda step: update(None, step.spec.name),
             )
+        for step in steps:
+            if measured is None and step.spec.ranges is not None:
+                progress.warn(
+                    f"{step.spec.name} ran without ranges, so activations are not guarded against overflow: give "
+                    "--calibration FILE.npz"
+                )
         refuse_unsupported(builder.targets, dtypes_of(plain.graph))
         with progress.stage("write the graph"):
             plain.metadata["pi05c.pipeline"] = ",".join(step.text for step in steps)

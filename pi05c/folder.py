@@ -36,8 +36,8 @@ device where pi05c cannot, held-back samples with their reference, and the manif
 FAILED_BUILD = "failed-build"
 """Subfolder with the log of a failed build and the command that repeats it."""
 
-_MADE_LATER = (PLAN, "timing.cache")
-"""What `build_engine.sh` adds to a folder after its manifest was written."""
+_MADE_LATER = (PLAN, REPORT, "timing.cache")
+"""What `build_engine.sh` and `pi05c build` write into a folder that has its manifest already."""
 
 _RENAME_EXCHANGE = 2
 """Flag of Linux renameat2(2) that swaps two paths in one step."""

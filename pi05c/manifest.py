@@ -219,14 +219,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial.replace(folder / MANIFEST)
 
 
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256([path]))
+
+
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Size and hash of every file of a folder but its manifest, by path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256([path]))
-        for path in files
-        if path.name != MANIFEST
-    }
+    return {path.relative_to(folder).as_posix(): file_record(path) for path in files if path.name != MANIFEST}
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

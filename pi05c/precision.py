@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -9,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import is_float, name_of
 from pi05c.graph.edit import producer
+from pi05c.graph.errors import UsageError
 from pi05c.manifest import PrecisionRecord
 from pi05c.passes.patterns.attention import find_attention
 from pi05c.passes.patterns.flow import find_flow
@@ -72,6 +74,16 @@ def default_limit(records: Iterable[PrecisionRecord], *, weights_random: bool | 
     """The relative L2 error that a graph of this precision may have; see `LIMITS`."""
     limit = LIMITS[narrowest(records)]
     return limit * RANDOM_WEIGHTS_FACTOR if weights_random and limit > LIMITS["float32"] else limit
+
+
+def refuse_limit(max_error: float | None) -> None:
+    """Refuse a limit that no error can be held against, before time is spent on measuring one.
+
+    Raises:
+        UsageError: it is negative, infinite or nan.
+    """
+    if max_error is not None and not (math.isfinite(max_error) and max_error >= 0):
+        raise UsageError(f"--max-error {max_error:g} is no limit: give a number from 0 on, such as 0.05")
 
 
 def dtypes_of(graph: gs.Graph) -> set[str]:

@@ -18,7 +18,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
 from pi05c.graph.runner import Array, Runner
 from pi05c.manifest import Manifest, check_files, read_manifest
-from pi05c.precision import default_limit
+from pi05c.precision import default_limit, refuse_limit
 from pi05c.progress import Progress, Update
 from pi05c.samples import Samples, input_specs, load_samples, save_samples
 
@@ -105,9 +105,11 @@ def verify(
         max_error: the limit on the relative L2 error; None for the one that the folder was compiled with.
 
     Raises:
+        UsageError: `max_error` is no limit.
         Pi05cError: it is no engine folder, a file of it is not the one that was written, or there are no samples
             with reference outputs.
     """
+    refuse_limit(max_error)
     folder = Path(folder)
     progress = progress or Progress()
     manifest = read_manifest(folder)
