@@ -21,7 +21,7 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
     """Fold constants that do not grow, drop no-ops, spell linears as MatMul, make names unique.
 
     Weights are stored as their MatMul reads them: a Transpose of a weight is folded into it, also through a Cast.
-    Gemm with a constant factor becomes MatMul and Add. Shapes that are static become constants. Nodes and tensors
+    Gemm becomes MatMul and Add. Shapes that are static become constants. Nodes and tensors
     without a name, or with one that another has, get one. No arithmetic on activations changes.
     """
     _name_everything(graph, ctx)

@@ -14,7 +14,7 @@ from pi05c.passes.patterns.walk import constant, each_node, output_ids
 
 @graph_pass(exact=False)
 def disable_conv2d_quant(graph: gs.Graph, ctx: PassContext) -> None:
-    """Take the Q/DQ off the input, weight and output of each Conv, and give weights back in the working precision.
+    """Take the Q/DQ off the inputs and output of each Conv and ConvTranspose, and give weights back in the working precision.
 
     A patch embedding has three input channels, gains nothing from 8 bits and loses much. Q/DQ that other nodes
     read too stay for those. A weight stored quantized is dequantized at compile time.

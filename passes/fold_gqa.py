@@ -18,8 +18,8 @@ def fold_gqa(graph: gs.Graph, ctx: PassContext) -> None:
     """Turn query heads that share a key/value head into rows of one MatMul.
 
     [B, K * G, S, d] queries against G-fold repeated keys become [B, K, G * S, d] against the keys themselves, and
-    the probabilities likewise against the values; the repetition goes. The logits take the shape of the heads
-    again where the mask tells heads or rows apart.
+    the probabilities likewise against the values; the repetition goes. For mask and softmax the logits take the shape
+    of the heads again.
     """
     transposer = KeyTransposer(graph, ctx)
     attentions, _ = find_attention(graph)

@@ -39,7 +39,7 @@ def _factors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]:
 def insert_attention_qdq(
     graph: gs.Graph, ctx: PassContext, *, vision: bool = False, min_keys: int = 64
 ) -> None:
-    """Quantize Q, K, V and the probabilities of each attention to FP8, all four or none.
+    """Quantize Q, K, V and the probabilities of each attention, or chunk of one, to FP8: all four or none.
 
     K's transpose stays above its quantize and 1/sqrt(d) moves above Q's, so that nothing stands between a
     dequantize and its MatMul. The probabilities' scale is 1/448. Where keys come in several chunks, a chunk of
