@@ -293,7 +293,8 @@ def run(
     if json_:
         _print_json({"ran": result.ran, "output": str(result.output), "samples": result.samples})
     elif not quiet:
-        typer.echo(f"{result.output}: {result.samples} samples, by {result.ran}")
+        count = "one sample" if result.samples == 1 else f"{result.samples} samples"
+        typer.echo(f"{result.output}: {count}, by {result.ran}")
 
 
 @app.command()

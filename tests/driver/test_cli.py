@@ -478,7 +478,9 @@ def test_run_writes_the_outputs_and_says_what_ran(
 def test_run_takes_one_sample_without_a_leading_axis(pi05c: Command, policy: Path, tmp_path: Path) -> None:
     x = np.zeros((1, ROWS, WIDTH), np.float32)
     np.savez(tmp_path / "one.npz", x=x)
-    assert pi05c("run", policy, "--inputs", tmp_path / "one.npz", "-o", tmp_path / "out.npz").status == 0
+    result = pi05c("run", policy, "--inputs", tmp_path / "one.npz", "-o", tmp_path / "out.npz")
+    assert result.status == 0
+    assert "one sample, by its graph in onnxruntime" in result.out
     assert np.load(tmp_path / "out.npz")["actions"].shape == x.shape
 
 

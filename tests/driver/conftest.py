@@ -1,0 +1,14 @@
+"""What every test of the driver needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep measured ranges out of the user's cache, and each test from what another measured."""
+    folder: Path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PI05C_CACHE", str(folder))

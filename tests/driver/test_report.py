@@ -1,0 +1,197 @@
+"""`report.html`: what it says of a folder, and that no name of a model becomes markup."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from small_folder import minimal_manifest
+from small_policy import BUILDS, policy, pretend_installed, use_worker, wrecking_pass
+
+import pi05c
+from pi05c.folder import REPORT
+from pi05c.graph.errors import VerificationError
+from pi05c.manifest import (
+    CalibrationRecord,
+    ErrorRecord,
+    FileRecord,
+    Manifest,
+    PassRecord,
+    PipelineRecord,
+    PrecisionRecord,
+    SkipRecord,
+    SourceRecord,
+    TensorRecord,
+    VerificationRecord,
+    check_files,
+    read_manifest,
+)
+from pi05c.report import grouped_skips, precision_columns, precision_rows, write_report
+
+__all__ = ["policy", "wrecking_pass"]
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</code>"
+
+
+class _Page(HTMLParser):
+    """The tags, text and addresses of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def page_of(folder: Path) -> _Page:
+    return _Page((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def skip(where: str, reason: str) -> SkipRecord:
+    return SkipRecord(where=where, reason=reason)
+
+
+def pass_record(
+    *skips: SkipRecord, name: str = "quantize_linears", notes: tuple[str, ...] = ()
+) -> PassRecord:
+    return PassRecord(
+        name=name,
+        exact=False,
+        options={},
+        changed=0,
+        skipped=list(skips),
+        notes=list(notes),
+        seconds=0.0,
+        nodes_before=1,
+        nodes_after=1,
+    )
+
+
+def hostile_manifest(folder: Path) -> Manifest:
+    """A manifest with markup in every place that a model, a file name or an option fills."""
+    return minimal_manifest(folder).model_copy(
+        update={
+            "source": SourceRecord(name=HOSTILE, sha256=HOSTILE, opset=21),
+            "versions": {"pi05c": HOSTILE},
+            "pipeline": PipelineRecord(
+                requested=HOSTILE,
+                resolved=HOSTILE,
+                passes=[pass_record(skip(HOSTILE, HOSTILE), name=HOSTILE, notes=(HOSTILE,))],
+            ),
+            "inputs": [TensorRecord(name=HOSTILE, dtype="float32", shape=[HOSTILE, 3])],
+            "outputs": [TensorRecord(name=HOSTILE, dtype="float32", shape=[1])],
+            "precision": [PrecisionRecord(part=HOSTILE, kind=HOSTILE, dtype=HOSTILE, count=1)],
+            "calibration": CalibrationRecord(source=HOSTILE, sha256="", synthetic=True, used=1, held_back=1),
+            "verification": VerificationRecord(
+                limit=0.1,
+                passed=False,
+                errors=[
+                    ErrorRecord(
+                        sample=0, output=HOSTILE, relative_l2=1.0, cosine=0.0, sqnr_db=None, max_abs=1.0
+                    )
+                ],
+            ),
+            "files": {HOSTILE: FileRecord(bytes=1, sha256="")},
+        }
+    )
+
+
+def test_names_that_hold_markup_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    manifest = hostile_manifest(tmp_path)
+    write_report(tmp_path, manifest)
+    found = page_of(tmp_path)
+    assert "img" not in found.tags
+    assert found.addresses == []
+    assert found.text.count(HOSTILE) >= 10
+
+
+def test_the_page_needs_nothing_beside_itself(policy: Path, tmp_path: Path) -> None:
+    folder = pi05c.compile(policy, tmp_path / "engine", passes="exact", backend="onnxruntime").folder
+    found = page_of(folder)
+    assert not {"script", "link", "img", "iframe"} & set(found.tags)
+    assert found.addresses == []
+
+
+def test_the_page_says_what_the_manifest_says(policy: Path, tmp_path: Path) -> None:
+    folder = pi05c.compile(
+        policy, tmp_path / "engine", passes="fp16", backend="onnxruntime", cache=tmp_path / "cache"
+    ).folder
+    manifest = read_manifest(folder)
+    text = page_of(folder).text
+    assert manifest.verification is not None
+    assert f"{manifest.verification.worst().relative_l2:.4g}" in text
+    assert "within the limit" in text
+    assert manifest.source.sha256 in text
+    for name in (*(record.name for record in manifest.pipeline.passes), "float16", "actions", "1 held back"):
+        assert name in text
+
+
+def test_a_result_beyond_its_limit_and_one_that_nobody_verified_are_told_apart(
+    policy: Path, tmp_path: Path, wrecking_pass: str
+) -> None:
+    output = tmp_path / "engine"
+    with pytest.raises(VerificationError):
+        pi05c.compile(policy, output, passes=wrecking_pass, backend="onnxruntime")
+    assert "beyond the limit" in page_of(tmp_path / "engine.rejected").text
+    policy.with_name("model.calibration.npz").unlink()
+    pi05c.compile(policy, output, passes="none", backend="onnxruntime")
+    text = page_of(output).text
+    assert "Nothing was verified" in text
+    assert "the limit" not in text
+
+
+def test_a_plan_that_is_built_later_is_in_the_report(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch)
+    folder = pi05c.compile(policy, tmp_path / "engine", passes="none", target="sm120").folder
+    assert "not built" in page_of(folder).text
+    use_worker(monkeypatch, tmp_path, BUILDS)
+    manifest = pi05c.build(folder, backend="tensorrt-rtx")
+    assert "not built" not in page_of(folder).text
+    assert "tensorrt-rtx 9.9" in page_of(folder).text
+    check_files(folder, manifest)
+    assert manifest == read_manifest(folder)
+
+
+def test_skips_are_grouped_by_reason_whatever_names_and_numbers_it_holds() -> None:
+    record = pass_record(
+        skip("a", "weight 'w1' is 8 wide, below 16"),
+        skip("b", "weight 'w2' is 4 wide, below 16"),
+        skip("c", "no range"),
+    )
+    assert grouped_skips(record) == [("weight 'w1' is 8 wide, below 16", 2, "a"), ("no range", 1, "c")]
+
+
+def test_precision_has_a_row_for_each_part_and_kind_and_the_commonest_type_first(tmp_path: Path) -> None:
+    counts = [
+        ("vision", "linear", "float16", 1),
+        ("vision", "linear", "float8e4m3fn", 5),
+        ("prefix", "norm", "float32", 2),
+    ]
+    manifest = minimal_manifest(tmp_path).model_copy(
+        update={
+            "precision": [
+                PrecisionRecord(part=part, kind=kind, dtype=dtype, count=count)
+                for part, kind, dtype, count in counts
+            ]
+        }
+    )
+    assert precision_columns(manifest) == ["float8e4m3fn", "float32", "float16"]
+    assert precision_rows(manifest) == [
+        ("vision", "linear", {"float16": 1, "float8e4m3fn": 5}),
+        ("prefix", "norm", {"float32": 2}),
+    ]
