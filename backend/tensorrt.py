@@ -210,7 +210,7 @@ def build(
         BuildError: the builder logged an error, crashed, was killed, or exceeded its limits. `plan_path` is as it
             was before.
     """
-    _check_options(options)
+    check_options(options)
     if reason := can_build(options.targets, options.flavour):
         raise Pi05cError(f"{reason}: build it on the device itself, with build_engine.sh or `pi05c build`")
     _check_profiles(model_path, options.profiles)
@@ -256,7 +256,12 @@ def build(
     )
 
 
-def _check_options(options: BuildOptions) -> None:
+def check_options(options: BuildOptions) -> None:
+    """Refuse what the flavour or this machine cannot do.
+
+    Raises:
+        UsageError: names the option and what to do.
+    """
     rtx = options.flavour is Flavour.TENSORRT_RTX
     if rtx and options.timing_cache is not None:
         raise UsageError("TensorRT-RTX times nothing while it builds: leave the timing cache to TensorRT")
@@ -622,6 +627,7 @@ __all__ = [
     "ShapeProfile",
     "build",
     "can_build",
+    "check_options",
     "find_flavour",
     "installed_flavours",
     "installed_version",

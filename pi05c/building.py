@@ -67,8 +67,9 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
         options: the other fields of `BuildOptions`.
 
     Raises:
-        UsageError: an unknown backend or target; a time limit that is not positive; no builder is installed and no target is named for which the
-            plan could be built elsewhere.
+        UsageError: an unknown backend or target; a time limit that is not positive; an option that the builder or
+            this machine cannot do; no builder is installed and no target is named for which the plan could be built
+            elsewhere.
     """
     time_limit = options.get("time_limit_s")
     if time_limit is not None and not time_limit > 0:
@@ -91,12 +92,11 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
         elif flavour is Flavour.TENSORRT_RTX:
             targets = parse_targets(DEFAULT_TARGET)
             chosen = f"no --target and no GPU here: building for {DEFAULT_TARGET} ({targets[0].architecture})"
-    return Builder(
-        BuildOptions(flavour=flavour, targets=targets, **options),
-        targets,
-        tensorrt.can_build(targets, flavour),
-        chosen,
-    )
+    decided = BuildOptions(flavour=flavour, targets=targets, **options)
+    obstacle = tensorrt.can_build(targets, flavour)
+    if obstacle is None:  # what is built elsewhere is checked there
+        tensorrt.check_options(decided)
+    return Builder(decided, targets, obstacle, chosen)
 
 
 def _flavour_for(backend: str | None, targets: Sequence[Target]) -> Flavour:

@@ -250,7 +250,9 @@ def export(
 def build(
     folder: Annotated[Path, typer.Argument(help="An engine folder.")],
     target: Target = None,
-    backend: Backend = None,
+    backend: Annotated[
+        str | None, typer.Option(help="tensorrt-rtx or tensorrt, instead of the one in the manifest.")
+    ] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the builder is ended.")
     ] = None,

@@ -425,3 +425,22 @@ def test_the_small_reference_policy(
     assert len(manifest.verification.errors) == 2
     assert manifest.source.weights_random is False
     assert manifest.source.robot is not None
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"strip_weights": True}, "needs a GPU"),
+        ({"timing_cache": Path("kernels.cache")}, "timing cache"),
+        ({"hardware_compatible": True}, "hardware compatibility"),
+    ],
+)
+def test_builder_options_are_refused_before_the_model_is_read(
+    option: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pi05c.backend.tensorrt.compute_capabilities", lambda: ())
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UsageError, match=said):
+        pi05c.compile(
+            tmp_path / "absent.onnx", tmp_path / "engine", target="sm120", backend="tensorrt-rtx", **option
+        )
