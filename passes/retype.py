@@ -23,7 +23,6 @@ class Retyper:
     """Changes the working precision of nodes anywhere in a graph."""
 
     def __init__(self, graph: gs.Graph, names: Names) -> None:
-        self._graph = graph
         self._names = names
         self._editors: dict[int, Editor] = {}
         self._scope_of: dict[int, gs.Graph] = {}

@@ -25,7 +25,7 @@ import onnx
 from pi05c.backend.lowering import graphs_in, lower
 from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, to_proto
+from pi05c.graph.io import Model, location_of, make_inline, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.runner import Array
@@ -226,7 +226,7 @@ def graph_sha256(model: Model) -> str:
         digest.update(repr(entry).encode())
     proto, pending = to_proto(model)
     for tensor in stored_tensors(proto):
-        weight = pending.get(_location(tensor) or "")
+        weight = pending.get(location_of(tensor) or "")
         digest.update(weight.checksum().encode() if weight else tensor.SerializeToString(deterministic=True))
     return digest.hexdigest()
 
@@ -350,11 +350,11 @@ def _bind(
     for graph in graphs_in(proto.graph):
         kept = []
         for tensor in graph.initializer:
-            weight = pending.get(_location(tensor) or "")
+            weight = pending.get(location_of(tensor) or "")
             if weight is None or _point_to_file(tensor, weight, base):
                 kept.append(tensor)
             elif tensor.name in declared and fed.get(tensor.name) is not weight:
-                _make_inline(tensor, weight)  # bodies side by side may use one name for two weights
+                make_inline(tensor, weight)  # bodies side by side may use one name for two weights
                 kept.append(tensor)
             else:
                 fed[tensor.name] = weight
@@ -362,8 +362,8 @@ def _bind(
         del graph.initializer[:]
         graph.initializer.extend(kept)
     for tensor in stored_tensors(proto):
-        if weight := pending.get(_location(tensor) or ""):
-            _make_inline(tensor, weight)
+        if weight := pending.get(location_of(tensor) or ""):
+            make_inline(tensor, weight)
     for name, weight in fed.items():
         proto.graph.input.append(
             onnx.helper.make_tensor_value_info(name, to_onnx(weight.dtype), weight.shape)
@@ -411,16 +411,6 @@ def _point_to_file(tensor: onnx.TensorProto, weight: Weight, base: Path | None) 
     for key, value in (("location", location), ("offset", weight.offset), ("length", weight.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return True
-
-
-def _make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
-    del tensor.external_data[:]
-    tensor.ClearField("data_location")
-    tensor.raw_data = bytes(stored_bytes(weight.load()))
-
-
-def _location(tensor: onnx.TensorProto) -> str | None:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
 
 
 def _key(graph_hash: str, wanted: Sequence[str], samples: Samples) -> str:

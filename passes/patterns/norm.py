@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
+from pi05c.passes.patterns.region import Region
 from pi05c.passes.patterns.walk import ROUNDING, consumers, each_node, made_by, origin, scalar
 
 _OPERATORS = {
@@ -20,26 +21,14 @@ LARGEST_EPSILON = 1e-2
 
 
 @dataclass(frozen=True)
-class Norm:
-    """One normalization.
+class Norm(Region):
+    """One normalization: statistics, division, and multiplication and addition of weight, scale, bias or shift.
 
     Attributes:
         kind: `RMSNorm`, `adaRMS` (its scale or shift is no constant of the channel's size alone) or `LayerNorm`.
-        nodes: its nodes in order, from the first that reads `input` to the one that makes `output`: statistics,
-            division, and the multiplication and addition of weight, scale, bias or shift.
-        input, output: what is normalized and the result.
     """
 
-    scope: gs.Graph
     kind: str
-    nodes: tuple[gs.Node, ...]
-    input: gs.Tensor
-    output: gs.Tensor
-
-    @property
-    def name(self) -> str:
-        """The name of its last node."""
-        return str(self.nodes[-1].name)
 
 
 def find_norms(graph: gs.Graph) -> list[Norm]:
@@ -47,7 +36,7 @@ def find_norms(graph: gs.Graph) -> list[Norm]:
     found = []
     for scope, node in each_node(graph, "ReduceMean", *_OPERATORS):
         if node.op in _OPERATORS:
-            found.append(Norm(scope, _OPERATORS[node.op], (node,), node.inputs[0], node.outputs[0]))
+            found.append(Norm(scope, (node,), node.inputs[0], node.outputs[0], _OPERATORS[node.op]))
         elif (match := _from_mean_of_squares(scope, node)) is not None:
             found.append(match)
     return found
@@ -85,7 +74,7 @@ def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node) -> Norm | None:
     output, adaptive = _affine(scaled.outputs[0], nodes)
     if kind == "RMSNorm" and adaptive:
         kind = "adaRMS"
-    return Norm(scope, kind, tuple(nodes), start, output)
+    return Norm(scope, tuple(nodes), start, output, kind)
 
 
 def _one_over_root(variance: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, bool] | None:

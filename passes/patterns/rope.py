@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
+from pi05c.passes.patterns.region import Region
 from pi05c.passes.patterns.walk import each_node, made_by, origin
 
 
-@dataclass(frozen=True)
-class Rope:
-    """One rotation.
-
-    Attributes:
-        nodes: its nodes: slices of the input, products with cosine and sine, sum, concatenation.
-        input, output: the unrotated and the rotated tensor.
-    """
-
-    scope: gs.Graph
-    nodes: tuple[gs.Node, ...]
-    input: gs.Tensor
-    output: gs.Tensor
-
-    @property
-    def name(self) -> str:
-        """The name of its last node."""
-        return str(self.nodes[-1].name)
+class Rope(Region):
+    """One rotation: slices of the unrotated tensor, products with cosine and sine, sum, concatenation."""
 
 
 def find_rope(graph: gs.Graph) -> list[Rope]:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_graphsurgeon as gs
 
+from pi05c.passes.patterns.region import Region
 from pi05c.passes.patterns.walk import each_node, made_by, origin
 
 
-@dataclass(frozen=True)
-class Softmax:
-    """One softmax: its nodes in order, what it reads and what it makes."""
-
-    scope: gs.Graph
-    nodes: tuple[gs.Node, ...]
-    input: gs.Tensor
-    output: gs.Tensor
-
-    @property
-    def name(self) -> str:
-        """The name of its last node."""
-        return str(self.nodes[-1].name)
+class Softmax(Region):
+    """One softmax: the operator, or reduction, exponential, sum and quotient."""
 
 
 def find_softmaxes(graph: gs.Graph) -> list[Softmax]:

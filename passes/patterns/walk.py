@@ -47,15 +47,6 @@ def scalar(tensor: gs.Tensor) -> float | None:
     return None
 
 
-def split_scalar(node: gs.Node) -> tuple[gs.Tensor, float] | None:
-    """The tensor and the number of a binary operator with one constant scalar."""
-    for index in (0, 1):
-        value = scalar(node.inputs[index]) if len(node.inputs) == 2 else None
-        if value is not None:
-            return node.inputs[1 - index], value
-    return None
-
-
 def consumers(tensor: gs.Tensor, through: Iterable[str] = ROUNDING) -> list[gs.Node]:
     """The nodes that read a tensor's value, casts skipped, in the order in which they were connected."""
     found: list[gs.Node] = []
@@ -67,17 +58,6 @@ def consumers(tensor: gs.Tensor, through: Iterable[str] = ROUNDING) -> list[gs.N
             else:
                 found.append(node)
     return found
-
-
-def path_between(start: gs.Tensor, end: gs.Tensor) -> list[gs.Node]:
-    """The nodes from `start` down to `end` along first inputs, which the caller knows to be connected."""
-    nodes = []
-    while end is not start:
-        node = producer(end)
-        assert node is not None
-        nodes.append(node)
-        end = node.inputs[0]
-    return nodes[::-1]
 
 
 def output_ids(graph: gs.Graph) -> set[int]:

@@ -136,9 +136,9 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     proto.domain = model.domain
     proto.model_version = model.model_version
     for tensor in tensors(proto):
-        location = _location(tensor)
+        location = location_of(tensor)
         if location in pending and pending[location].nbytes <= INLINE_BYTES:
-            _make_inline(tensor, pending[location])
+            make_inline(tensor, pending[location])
     return proto, pending
 
 
@@ -160,7 +160,7 @@ def save(model: Model, path: Path | str) -> None:
         with partial_data.open("wb") as file:
             writer = _DataWriter(file, data_path.name)
             for tensor in tensors(proto):
-                location = _location(tensor)
+                location = location_of(tensor)
                 if location in pending:
                     writer.write(tensor, pending[location])
         partial_model.write_bytes(proto.SerializeToString())
@@ -403,13 +403,15 @@ def _stored(tensor: onnx.TensorProto, base: Path | None) -> Weight:
     return stored
 
 
-def _make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
+def make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
+    """Put the values of a weight into a tensor that referred to them."""
     del tensor.external_data[:]
     tensor.ClearField("data_location")
     tensor.raw_data = bytes(stored_bytes(weight.load()))
 
 
-def _location(tensor: onnx.TensorProto) -> str | None:
+def location_of(tensor: onnx.TensorProto) -> str | None:
+    """Where the bytes of an external tensor lie: a file, or the key of a pending weight; None of an inline one."""
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
 
 
@@ -475,4 +477,14 @@ def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _bodies(body)
 
 
-__all__ = ["Model", "load", "model_from_proto", "save", "scopes", "tensors", "to_proto"]
+__all__ = [
+    "Model",
+    "load",
+    "location_of",
+    "make_inline",
+    "model_from_proto",
+    "save",
+    "scopes",
+    "tensors",
+    "to_proto",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,8 +83,3 @@ def bounding_tensors(tensor: gs.Tensor) -> list[gs.Tensor] | None:
     if node.op == "Where":
         return list(node.inputs[1:])
     return None
-
-
-def finite(amax: float | None) -> bool:
-    """Whether a range was measured and is a number."""
-    return amax is not None and math.isfinite(amax)
