@@ -35,6 +35,7 @@ from small_policy import (
 from pi05c import cli
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.targets import Flavour
+from pi05c.cli.app import spread as spread_samples
 from pi05c.folder import GRAPH, PLAN
 from pi05c.passes import PRESETS, REGISTRY
 
@@ -140,7 +141,7 @@ def test_calibration_takes_several_samples(pi05c: Command, tmp_path: Path, form:
 def test_the_checkpoint_of_export_is_no_sample() -> None:
     words = ["export", "--calibration", "a.npz", "b.npz", "checkpoint", "-o", "model.onnx"]
     spread = ["export", "--calibration", "a.npz", "--calibration", "b.npz", "checkpoint", "-o", "model.onnx"]
-    assert cli._spread(words) == spread
+    assert spread_samples(words) == spread
 
 
 def test_help_and_version(pi05c: Command) -> None:

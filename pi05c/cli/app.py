@@ -1,0 +1,101 @@
+"""What all commands share: the group that `pi05c` is, its options, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+_SAMPLES = "--calibration"
+"""The option that takes several words: `--calibration a.npz b.npz`."""
+
+
+class _Group(TyperGroup):
+    """Compiles where no command is named: `pi05c MODEL.onnx -o engine`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(self._with_command(list(args))))
+
+    def _with_command(self, args: list[str]) -> list[str]:
+        """`args` with the command in front: options that all commands share may precede it, `compile` may be left out."""
+        shared = 0
+        while shared < len(args) and args[shared] in _SHARED_OPTIONS:
+            shared += 1
+        args = [*args[shared : shared + 1], *args[:shared], *args[shared + 1 :]]
+        if not args or args[0] in self.commands or args[0] in _OWN_OPTIONS:
+            return args
+        names_model = args[0].endswith(".onnx") or Path(args[0]).exists()
+        return ["compile", *args] if names_model or args[0].startswith("-") else args
+
+
+_OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+_SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
+
+
+def spread(args: list[str]) -> list[str]:
+    """Repeat `--calibration` before each further sample that follows it."""
+    spread: list[str] = []
+    listing = False
+    for index, word in enumerate(args):
+        if listing and _is_samples(word, args[0]):
+            spread.append(_SAMPLES)
+        else:
+            listing = index > 0 and args[index - 1] == _SAMPLES
+        spread.append(word)
+    return spread
+
+
+def _is_samples(word: str, command: str) -> bool:
+    """Whether a word that follows samples is samples too; the folder that `export` takes is its checkpoint."""
+    return word.endswith(".npz") or (
+        command == "compile" and not word.startswith("-") and Path(word).is_dir()
+    )
+
+
+app = typer.Typer(
+    cls=_Group,
+    subcommand_metavar="MODEL.onnx | COMMAND [ARGS]...",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compile the pi0.5 robot policy into a TensorRT engine: `pi05c MODEL.onnx --passes default -o engine`.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each stage with its time and memory.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Target = Annotated[
+    str | None, typer.Option(help="GPUs to build for, such as sm120,sm89 or thor; the one at hand if none.")
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="tensorrt-rtx, tensorrt, or onnxruntime for a folder without a plan."),
+]
+MaxError = Annotated[
+    float | None, typer.Option(help="Largest relative L2 error that passes; exit 3 beyond it.")
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Samples: FILE.npz, a folder of them, or `synthetic` for made-up ones beside the model."
+    ),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"pi05c {version('pi05c')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

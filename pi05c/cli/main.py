@@ -1,0 +1,93 @@
+"""The process: arguments, signals, exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from pi05c.cli.app import app
+from pi05c.graph.errors import Pi05cError, UsageError
+
+_SIGNAL_STATUS = 128
+"""What a shell adds to the number of the signal that ended a command."""
+
+_ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+"""Signals that end a run as Ctrl-C does: scratch files go, the old engine stays. SIGHUP: the terminal was closed."""
+
+
+class _Ended(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.status = _SIGNAL_STATUS + number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turn signals that end a process at once into an exception, so that what is half done is put away."""
+    numbers = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
+
+    def end(number: int, _frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line in the main thread and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    completing = "_PI05C_COMPLETE" in os.environ
+    try:
+        with _ended_by_signals():
+            status = app(
+                args=arguments if arguments or completing else ["--help"],
+                prog_name="pi05c",
+                standalone_mode=False,
+            )
+        if status == _SIGNAL_STATUS + signal.SIGINT:
+            print("interrupted", file=sys.stderr)
+        return int(status or 0) if arguments else UsageError.exit_code
+    except (_Ended, KeyboardInterrupt) as error:
+        print("interrupted", file=sys.stderr)
+        return error.status if isinstance(error, _Ended) else _SIGNAL_STATUS + signal.SIGINT
+    except Exception as error:
+        message, status = _explained(error)
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exception(error)
+        print(f"error: {_printable(message)}", file=sys.stderr)
+        return status
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One sentence for an error, and the exit status."""
+    if isinstance(error, Pi05cError):
+        return str(error), error.exit_code
+    if any(
+        kind.__name__ == "ClickException" for kind in type(error).__mro__
+    ):  # of click, or of typer's copy of it
+        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        command = "pi05c" if context is None else context.command_path
+        return f"{message[:1].lower()}{message[1:]} (see {command} --help)", UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return "memory ran out: use a machine with more, or end other programs", Pi05cError.exit_code
+    kind = type(error).__name__
+    defect = f"pi05c has a defect ({kind}: {error}): run again with --debug and report the traceback"
+    return defect, Pi05cError.exit_code
+
+
+def _printable(text: str) -> str:
+    """A message without control characters, which names of tensors and files may hold."""
+    return "".join(character if character.isprintable() else " " for character in text)

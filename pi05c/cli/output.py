@@ -1,0 +1,76 @@
+"""What commands print, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pi05c.comparison import Comparison
+    from pi05c.manifest import Manifest, PrecisionRecord
+    from pi05c.progress import Progress
+
+
+def show_precision(records: Sequence[PrecisionRecord]) -> None:
+    from rich.table import Table
+
+    dtypes = list(dict.fromkeys(record.dtype for record in records))
+    if not dtypes:
+        return
+    table = Table("part", "operators", box=None, padding=(0, 2, 0, 0))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for record in records:
+        rows.setdefault((record.part, record.kind), {})[record.dtype] = record.count
+    for (part, kind), counts in rows.items():
+        table.add_row(part, kind, *(str(counts.get(dtype, "")) for dtype in dtypes))
+    console().print(table)
+
+
+def show_errors(title: str, comparison: Comparison) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for name in ("sample", "output", "relative L2", "cosine", "SQNR dB", "max abs"):
+        table.add_column(name, justify="left" if name == "output" else "right")
+    for error in comparison.errors:
+        table.add_row(
+            str(error.sample),
+            error.output,
+            f"{error.relative_l2:.4g}",
+            f"{error.cosine:.6f}",
+            f"{error.sqnr_db:.1f}",
+            f"{error.max_abs:.3g}",
+        )
+    console().print(table)
+
+
+def engine_line(folder: Path, manifest: Manifest) -> str:
+    engine = manifest.engine
+    if engine.file is None:
+        return f"{folder}: no plan ({engine.reason})"
+    size = manifest.files[engine.file].bytes / 1e6
+    seconds = "" if engine.seconds is None else f", built in {engine.seconds:.1f} s"
+    return f"{folder / engine.file}: {size:,.1f} MB for {', '.join(engine.targets)}{seconds}"
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
+
+
+def make_progress(quiet: bool, verbose: bool) -> Progress:
+    from pi05c.progress import Progress, StderrProgress
+
+    return Progress() if quiet else StderrProgress(verbose=verbose)
