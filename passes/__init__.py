@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pi05c.passes.batch_views import batch_views
 from pi05c.passes.canonicalize import canonicalize
 from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip, graph_pass
 from pi05c.passes.dedupe import dedupe
@@ -17,6 +18,7 @@ from pi05c.passes.split_prefix_attention import split_prefix_attention
 
 _EXACT = (
     canonicalize,  # one spelling, so that the finders below see one
+    batch_views,  # one run of the vision tower over all cameras, before anything is done to each run
     fuse_denoise_loop,  # the steps become one straight graph; what depends on the step alone becomes constants
     fuse_projections,  # q/k/v and gate/up read their input once
     fold_gqa,  # no repeated keys and values: more rows for each MatMul

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import replace_input
-from pi05c.graph.weights import weight_of
 from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.patterns.identity import fingerprint, is_function, operation
 from pi05c.passes.patterns.walk import output_ids
-from pi05c.passes.retype import CONTROL_FLOW
-
-_NOT_PURE = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-    | {"Dropout"}
-)
-"""Operators that may give another result each time."""
 
 
 @graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop"))
@@ -46,7 +37,7 @@ def _in_scope(
     for node in scope.nodes:
         for tensor in list(node.inputs):
             if isinstance(tensor, gs.Constant):
-                first = constants.setdefault(_fingerprint(tensor), tensor)
+                first = constants.setdefault(fingerprint(tensor), tensor)
                 if first is not tensor:
                     replace_input(node, tensor, first)
                     ctx.changed(tensor.name)
@@ -70,25 +61,8 @@ def _in_scope(
     scope.nodes = kept
 
 
-def _fingerprint(constant: gs.Constant) -> Hashable:
-    found: Any = weight_of(constant).fingerprint()
-    return found if isinstance(found, Hashable) else id(constant)
-
-
 def _key(node: gs.Node) -> Hashable | None:
     """What a node does with which tensors; None where that does not settle its result."""
-    if node.op in CONTROL_FLOW or node.op in _NOT_PURE or list(node.subgraphs()):
+    if not is_function(node):
         return None
-    attributes = tuple((key, _plain(value)) for key, value in sorted(node.attrs.items()))
-    inputs = tuple(id(tensor) if tensor.name else None for tensor in node.inputs)
-    return node.domain or "", node.op, attributes, inputs, tuple(bool(tensor.name) for tensor in node.outputs)
-
-
-def _plain(value: Any) -> Hashable:
-    if isinstance(value, gs.Constant):
-        return _fingerprint(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, np.ndarray):
-        return value.shape, str(value.dtype), value.tobytes()
-    return str(value)
+    return operation(node), tuple(id(tensor) if tensor.name else None for tensor in node.inputs)

@@ -47,6 +47,13 @@ def scalar(tensor: gs.Tensor) -> float | None:
     return None
 
 
+def constant_integers(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """The values of a constant that holds axes, sizes or indices; None where it is computed or left out."""
+    if not isinstance(tensor, gs.Constant):
+        return None
+    return tuple(int(value) for value in array_of(tensor).reshape(-1))
+
+
 def consumers(tensor: gs.Tensor, through: Iterable[str] = ROUNDING) -> list[gs.Node]:
     """The nodes that read a tensor's value, casts skipped, in the order in which they were connected."""
     found: list[gs.Node] = []

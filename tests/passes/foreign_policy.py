@@ -28,6 +28,7 @@ class Style:
         linear: a MatMul by the weight as stored; by its transpose; or TorchScript's Gemm on two dimensions.
         loop: the steps as a Loop with a trip count; else unrolled.
         repeat: how key and value heads meet the query heads.
+        views: the cameras' images as one batch; one after another by index; or as inputs of their own.
         operators: normalization and rotation as operators of opset 23.
         slashes: names like `/layers.0/q_proj/MatMul_output_0`.
     """
@@ -40,6 +41,7 @@ class Style:
     mask: Literal["add", "where"] = "add"
     scale: Literal["logits", "div", "query"] = "logits"
     rope: Literal["rotate half", "parts"] = "rotate half"
+    views: Literal["batch", "index", "inputs"] = "batch"
     layer_norm_operator: bool = True
     operators: bool = False
     slashes: bool = False
@@ -244,12 +246,24 @@ class _Writer:
         return self.op("Where", allowed, self.number(0.0), self.number(-65504.0), name="mask")
 
 
-def _vision(w: _Writer) -> str:
-    """[batch, VIEWS * PATCHES, width] of the images."""
+def _vision(w: _Writer) -> list[str]:
+    """What the cameras saw, [batch, positions, width], of all together or of each."""
     s = w.style
-    images, width = s.batch * VIEWS, s.width
+    if s.views == "batch":
+        flat = w.reshape("images", s.batch * VIEWS, 3, 2 * PATCH, 2 * PATCH)
+        return [w.reshape(_tower(w, flat, s.batch * VIEWS), s.batch, VIEWS * PATCHES, s.width)]
+    if s.views == "inputs":
+        return [_tower(w, f"image_{view}", s.batch) for view in range(VIEWS)]
+    indices = [w.integers(view) for view in range(VIEWS)]
+    views = [w.op("Gather<axis = 1>", "images", index) for index in indices]
+    return [_tower(w, w.reshape(view, s.batch, 3, 2 * PATCH, 2 * PATCH), s.batch) for view in views]
+
+
+def _tower(w: _Writer, flat: str, images: int) -> str:
+    """[images, PATCHES, width] of [images, 3, 8, 8]."""
+    s = w.style
+    width = s.width
     shape = (images, PATCHES, width)
-    flat = w.reshape("images", images, 3, 2 * PATCH, 2 * PATCH)
     kernel = w.weight("patch_weight", width, 3, PATCH, PATCH, scale=0.15)
     conv = w.op(f"Conv<strides = [{PATCH}, {PATCH}]>", flat, kernel, w.weight("patch_bias", width, scale=0.1))
     x = w.op("Transpose<perm = [0, 2, 1]>", w.reshape(conv, images, width, PATCHES))
@@ -271,8 +285,7 @@ def _vision(w: _Writer) -> str:
         w.linear(w.layer_norm(x, "vision_norm2"), "vision_up", width, 2 * width, shape, bias=True)
     )
     x = w.op("Add", x, w.linear(hidden, "vision_down", 2 * width, width, (*shape[:-1], 2 * width), bias=True))
-    features = w.linear(w.layer_norm(x, "vision_norm3"), "projector", width, width, shape, bias=True)
-    return w.reshape(features, s.batch, VIEWS * PATCHES, width)
+    return w.linear(w.layer_norm(x, "vision_norm3"), "projector", width, width, shape, bias=True)
 
 
 def _prefix(w: _Writer) -> list[tuple[str, str]]:
@@ -281,7 +294,7 @@ def _prefix(w: _Writer) -> list[tuple[str, str]]:
     shape = (s.batch, s.prefix, s.width)
     text = w.op("Gather", w.weight("embed_tokens", 16, s.width, scale=0.2), "tokens")
     text = w.op("Mul", text, w.number(s.width**0.5))
-    x = w.op("Concat<axis = 1>", _vision(w), text)
+    x = w.op("Concat<axis = 1>", *_vision(w), text)
     mask = w.mask(w.op("Unsqueeze", "valid", w.integers(1, 2)))
     cos, sin = w.angles("prefix_positions")
     cache = []
@@ -394,8 +407,11 @@ def policy(style: Style) -> onnx.ModelProto:
             x = w.op("Add", x, w.op("Mul", v, dt), name="x")
         w.lines[-1] = w.lines[-1].replace(f"{x} =", "actions =")
     body = "\n".join(w.lines)
+    images = f"{s.dtype}[{s.batch},{VIEWS},3,8,8] images"
+    if s.views == "inputs":
+        images = ", ".join(f"{s.dtype}[{s.batch},3,8,8] image_{view}" for view in range(VIEWS))
     text = f"""
-    policy ({s.dtype}[{s.batch},{VIEWS},3,8,8] images, int64[{s.batch},{s.tokens}] tokens, bool[{s.batch},{s.prefix}] valid,
+    policy ({images}, int64[{s.batch},{s.tokens}] tokens, bool[{s.batch},{s.prefix}] valid,
       int64[{s.batch},{s.prefix}] prefix_positions, int64[{s.batch},{s.horizon}] action_positions,
       {s.dtype}[{s.batch},{s.horizon},{s.width}] noise) => ({s.dtype}[{s.batch},{s.horizon},{s.width}] actions) {{
       {body}

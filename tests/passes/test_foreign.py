@@ -48,6 +48,10 @@ STYLES = {
         steps=2, batch=2, kv_heads=2, repeat="tile", slashes=True
     ),
     "three layers": Style(steps=2, layers=3, heads=4, kv_heads=4, loop=True, mask="where"),
+    "a tower a camera": Style(steps=2, views="inputs"),
+    "a tower a camera, TorchScript, batch 2": Style(
+        steps=2, views="index", opset=17, linear="gemm", slashes=True, batch=2, layer_norm_operator=False
+    ),
     "float16, unrolled": Style(dtype="float16", linear="transposed"),
     "float16, TorchScript, batch 2": Style(
         steps=3,
@@ -130,7 +134,13 @@ def test_numbers(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["matmul", "TorchScript, opset 17", "loop, batch 2, two KV heads", "float16, TorchScript, batch 2"],
+    [
+        "matmul",
+        "TorchScript, opset 17",
+        "loop, batch 2, two KV heads",
+        "a tower a camera, TorchScript, batch 2",
+        "float16, TorchScript, batch 2",
+    ],
 )
 def test_exact_passes_are_exact(name: str) -> None:
     model = editable(_source(name)[0])
