@@ -27,38 +27,48 @@ def canonical_text(graph: gs.Graph) -> str:
 
 
 def _lines(graph: gs.Graph, indent: str, shown: set[int]) -> Iterator[str]:
-    yield f"{indent}inputs: {', '.join(_declared(tensor) for tensor in graph.inputs)}"
+    yield f"{indent}inputs: {', '.join(declared(tensor) for tensor in graph.inputs)}"
     for node in graph.nodes:
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
                 shown.add(id(tensor))
-                yield f"{indent}{_declared(tensor)} = {_initializer(tensor)}"
-        outputs = ", ".join(_declared(tensor) if tensor.name else "_" for tensor in node.outputs)
-        inputs = ", ".join(f"%{tensor.name}" if tensor.name else "_" for tensor in node.inputs)
-        op = f"{node.domain}::{node.op}" if node.domain else node.op
-        attributes = {
-            key: value for key, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)
-        }
-        listed = ", ".join(f"{key}={_attribute(key, value)}" for key, value in attributes.items())
-        yield f"{indent}{outputs} = {op}({inputs})" + (f" {{{listed}}}" if listed else "")
+                yield f"{indent}{initializer_line(tensor)}"
+        yield f"{indent}{node_line(node)}"
         for key, value in sorted(node.attrs.items()):
             if isinstance(value, gs.Graph):
                 yield f"{indent}  {key}:"
                 yield from _lines(value, indent + "    ", shown)
     for tensor in graph.outputs:
         if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
-            yield f"{indent}{_declared(tensor)} = {_initializer(tensor)}"
-    yield f"{indent}outputs: {', '.join(_declared(tensor) for tensor in graph.outputs)}"
+            yield f"{indent}{initializer_line(tensor)}"
+    yield f"{indent}outputs: {', '.join(declared(tensor) for tensor in graph.outputs)}"
 
 
-def _declared(tensor: gs.Tensor) -> str:
+def node_line(node: gs.Node) -> str:
+    """`%y: float32[4] = Add(%x, %b) {...}`, without the node's subgraphs."""
+    outputs = ", ".join(declared(tensor) if tensor.name else "_" for tensor in node.outputs)
+    inputs = ", ".join(f"%{tensor.name}" if tensor.name else "_" for tensor in node.inputs)
+    op = f"{node.domain}::{node.op}" if node.domain else node.op
+    attributes = {key: value for key, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)}
+    listed = ", ".join(f"{key}={attribute_text(key, value)}" for key, value in attributes.items())
+    return f"{outputs} = {op}({inputs})" + (f" {{{listed}}}" if listed else "")
+
+
+def initializer_line(constant: gs.Constant) -> str:
+    """`%w: float16[4,8] = initializer sha256:...`, or the values where they are few."""
+    return f"{declared(constant)} = {initializer_text(constant)}"
+
+
+def declared(tensor: gs.Tensor) -> str:
+    """`%x: float32[4,?]`: a tensor with its type and shape."""
     shape = (
         "?" if tensor.shape is None else ",".join("?" if dim is None else str(dim) for dim in tensor.shape)
     )
     return f"%{tensor.name}: {name_of(tensor.dtype)}[{shape}]"
 
 
-def _initializer(constant: gs.Constant) -> str:
+def initializer_text(constant: gs.Constant) -> str:
+    """What a constant holds: its values where they are few, else the beginning of their SHA-256."""
     weight = weight_of(constant)
     if math.prod(weight.shape) <= _SHOWN_VALUES:
         return _values(weight.load())
@@ -73,13 +83,14 @@ def _values(array: Any) -> str:
     return items[0] if array.ndim == 0 else f"[{', '.join(items)}]"
 
 
-def _attribute(key: str, value: Any) -> str:
+def attribute_text(key: str, value: Any) -> str:
+    """The value of the attribute `key` as canonical text; not of a subgraph."""
     if isinstance(value, gs.Constant):
-        return f"{_declared(value)} {_initializer(value)}"
+        return f"{declared(value)} {initializer_text(value)}"
     if key in ("to", "dtype", "output_dtype") and isinstance(value, (int, np.integer, type, np.dtype)):
         return name_of(value)
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_attribute('', item) for item in value)}]"
+        return f"[{', '.join(attribute_text('', item) for item in value)}]"
     return str(value)

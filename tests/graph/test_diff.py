@@ -1,0 +1,72 @@
+"""Alignment and differences of two graphs: what must be no difference is none, one edit is one difference."""
+
+from __future__ import annotations
+
+import onnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import EDITS, copied, edited, random_model, renamed, resorted
+
+from pi05c.graph.diff import Change, GraphDiff, diff_graphs
+from pi05c.graph.io import model_from_proto
+
+SEEDS = st.integers(0, 10**6)
+FORMS = st.sampled_from([{}, {"steps": 10}, {"loop": True}, {"steps": 3, "loop": True}])
+
+
+def compare(a: onnx.ModelProto, b: onnx.ModelProto, *, names: bool = False) -> GraphDiff:
+    models = [model_from_proto(copied(proto)) for proto in (a, b)]
+    return diff_graphs(models[0].graph, models[1].graph, names=names)
+
+
+def facts(changes: tuple[Change, ...]) -> set[tuple[str, str, str]]:
+    return {(change.thing, kind, change.name) for change in changes for kind in change.kinds}
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, SEEDS, FORMS)
+def test_names_and_order_are_no_difference(seed: int, other: int, form: dict[str, object]) -> None:
+    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    assert compare(proto, renamed(proto, other)).changes == ()
+    assert compare(proto, resorted(proto, other)).changes == ()
+    assert compare(proto, renamed(resorted(proto, other), other)).changes == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, SEEDS, FORMS, st.sampled_from(sorted(EDITS)))
+def test_one_edit_is_one_difference(seed: int, other: int, form: dict[str, object], edit: str) -> None:
+    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    after = edited(proto, edit, other)
+    found = compare(proto, resorted(after.proto, other))
+    assert facts(found.changes) == after.expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, SEEDS, FORMS, st.sampled_from(sorted(EDITS)))
+def test_one_edit_under_other_names_is_one_difference(
+    seed: int, other: int, form: dict[str, object], edit: str
+) -> None:
+    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    after = edited(proto, edit, other)
+    found = compare(proto, renamed(after.proto, other))
+    expected = sorted((thing, kind) for thing, kind, _ in after.expected)
+    assert sorted((thing, kind) for thing, kind, _ in facts(found.changes)) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, SEEDS, FORMS, st.lists(st.sampled_from(sorted(EDITS)), min_size=1, max_size=6))
+def test_mirrored_it_is_the_diff_of_the_other_direction(
+    seed: int, other: int, form: dict[str, object], edits: list[str]
+) -> None:
+    before = after = random_model(seed, **form)  # type: ignore[arg-type]
+    for number, edit in enumerate(edits):
+        made = edited(after, edit, other + number)
+        if len({node.output[0] for node in made.proto.graph.node}) == len(made.proto.graph.node):
+            after = made.proto
+    there, back = compare(before, after), compare(after, before)
+    assert there.alignment.nodes == {x: y for y, x in back.alignment.nodes.items()}
+
+    def key(change: Change) -> tuple[str, tuple[str, ...], str, str]:
+        return (change.thing, change.kinds, change.before or "", change.after or "")
+
+    assert sorted(map(key, there.changes)) == sorted(key(change.mirrored()) for change in back.changes)
