@@ -18,6 +18,12 @@ _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 """Signals that end a run as Ctrl-C does: scratch files go, the old engine stays. SIGHUP: the terminal was closed."""
 
 
+_COMPARING = ("diff", "golden")
+"""Commands whose exit status is that of `diff`: 0 the same, 1 different, 2 anything that kept them from telling."""
+
+_TROUBLE = 2
+
+
 class _Ended(BaseException):
     """A signal asked this process to end."""
 
@@ -67,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             traceback.print_exception(error)
         print(f"error: {_printable(message)}", file=sys.stderr)
-        return status
+        return _TROUBLE if _command(arguments) in _COMPARING else status
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return next((word for word in arguments if not word.startswith("-")), "")
 
 
 def _explained(error: Exception) -> tuple[str, int]:

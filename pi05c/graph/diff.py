@@ -281,7 +281,9 @@ class _Comparison:
 
 def _reached(side: Wiring, tensor: int, matched: dict[int, int]) -> set[int]:
     """The tensors that lead to `tensor` through nodes that are not matched."""
-    found, open_ends, nodes = set(), [tensor], set()
+    found: set[int] = set()
+    nodes: set[int] = set()
+    open_ends = [tensor]
     while open_ends and len(nodes) < _MAX_REGION:
         made = side.maker[end] if (end := open_ends.pop()) != MISSING else None
         if made is None or made[0] in matched:

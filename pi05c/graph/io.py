@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ ALIGNMENT = 64
 """Offset alignment of external tensors, in bytes: one cache line, enough for every vector load."""
 
 _COPY_BYTES = 2**26
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -394,13 +397,18 @@ def _stored(tensor: onnx.TensorProto, base: Path | None) -> Weight:
     if not path.is_file():
         raise Pi05cError(f"the external data {path} of initializer {tensor.name!r} does not exist")
     length = entries.get("length")
-    stored = Stored(path, offset, tensor.dims, dtype, entries.get("checksum"))
+    stored = Stored(path, offset, tensor.dims, dtype, _sha256(entries.get("checksum")))
     if length is not None and int(length) != stored.nbytes:
         raise Pi05cError(
             f"initializer {tensor.name!r} of shape {list(tensor.dims)} takes {stored.nbytes} bytes "
             f"({bits(dtype)} bits an element), but its external data is said to hold {length}"
         )
     return stored
+
+
+def _sha256(checksum: str | None) -> str | None:
+    """A recorded checksum if it can be a SHA-256: ONNX's documentation asks for SHA-1, and some writers follow it."""
+    return checksum if checksum is not None and _SHA256.fullmatch(checksum) else None
 
 
 def make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:

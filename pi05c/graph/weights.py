@@ -137,7 +137,7 @@ class InMemory(Weight):
 class Stored(Weight):
     """A byte range of a file, little-endian and row-major, mapped and never copied as a whole.
 
-    `checksum` is the SHA-256 of the range where the file's writer recorded it.
+    `checksum` is the SHA-256 of the range where the file's writer recorded it; `has_checksum` says whether it did.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Stored(Weight):
         super().__init__(shape, dtype)
         self.path = path
         self.offset = offset
+        self.has_checksum = checksum is not None
         self._checksum = checksum
         stat = path.stat()
         self._file: Any = _mapped(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
