@@ -7,6 +7,7 @@ from pi05c.passes.canonicalize import canonicalize
 from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip, graph_pass
 from pi05c.passes.dedupe import dedupe
 from pi05c.passes.disable_conv2d_quant import disable_conv2d_quant
+from pi05c.passes.drop_dead_prefix import drop_dead_prefix
 from pi05c.passes.fold_gqa import fold_gqa
 from pi05c.passes.fuse_denoise_loop import fuse_denoise_loop
 from pi05c.passes.fuse_projections import fuse_projections
@@ -14,16 +15,22 @@ from pi05c.passes.insert_attention_qdq import insert_attention_qdq
 from pi05c.passes.lower_precision import lower_precision
 from pi05c.passes.pin_fp32 import pin_fp32
 from pi05c.passes.quantize_linears import quantize_linears
+from pi05c.passes.specialize import specialize
 from pi05c.passes.split_prefix_attention import split_prefix_attention
 
 _EXACT = (
     canonicalize,  # one spelling, so that the finders below see one
     batch_views,  # one run of the vision tower over all cameras, before anything is done to each run
+    drop_dead_prefix,  # what no output needs is gone before it is copied for each step
     fuse_denoise_loop,  # the steps become one straight graph; what depends on the step alone becomes constants
     fuse_projections,  # q/k/v and gate/up read their input once
     fold_gqa,  # no repeated keys and values: more rows for each MatMul
     split_prefix_attention,  # what the steps ask of the prefix is computed once
     dedupe,  # nothing is stored or computed twice
+)
+
+_BY_REQUEST = (
+    specialize,  # it makes an engine for fewer observations: placed first by whoever asks for it
 )
 
 _FLOAT16 = (

@@ -30,10 +30,12 @@ class PassContext:
     Attributes:
         ranges: calibrated ranges, None where there are none.
         names: the names in use, for `editor`.
+        metadata: the model's metadata, shared with it.
     """
 
     names: Names
     ranges: Ranges | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

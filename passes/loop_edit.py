@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import Editor, Names
 from pi05c.graph.io import scopes
-from pi05c.passes.patterns.loop_form import LoopForm
+from pi05c.passes.patterns.loop_form import Collected, LoopForm
 
 
 def insert_before(form: LoopForm, nodes: Sequence[gs.Node]) -> None:
@@ -41,6 +41,11 @@ def redirect(form: LoopForm, result: gs.Variable, value: gs.Tensor, editor: Edit
 
 def drop_carried(form: LoopForm, dropped: Collection[int]) -> None:
     """Take carried values, given by the ids of their `entering`, off the inputs and outputs of loop and body."""
+    drop_parts(form, dropped, form.collected)
+
+
+def drop_parts(form: LoopForm, dropped: Collection[int], collected: Sequence[Collected]) -> None:
+    """Take carried values, given by the ids of their `entering`, and all but some collected ones off loop and body."""
     kept = [c for c in form.carried if id(c.entering) not in dropped]
     first = [tensor for tensor in (form.iteration, form.condition) if tensor is not None]
     form.node.inputs = [
@@ -48,13 +53,19 @@ def drop_carried(form: LoopForm, dropped: Collection[int]) -> None:
         *(c.initial for c in kept),
         *(s.source for s in form.scanned),
     ]
-    form.node.outputs = [*(c.result for c in kept), *(part.result for part in form.collected)]
+    form.node.outputs = [*(c.result for c in kept), *(part.result for part in collected)]
     form.body.inputs = [*first, *(c.entering for c in kept), *(s.element for s in form.scanned)]
     form.body.outputs = [
         *([form.body.outputs[0]] if form.condition is not None else []),
         *(c.leaving for c in kept),
-        *(part.element for part in form.collected),
+        *(part.element for part in collected),
     ]
+    for key, values in (
+        ("scan_output_axes", [part.axis for part in collected]),
+        ("scan_output_directions", [int(part.reverse) for part in collected]),
+    ):
+        if form.node.op == "Scan" and key in form.node.attrs:
+            form.node.attrs[key] = values
 
 
 def drop_unchanged(form: LoopForm, editor: Editor, body_editor: Editor) -> None:

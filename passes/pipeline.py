@@ -147,7 +147,7 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
     if spec.min_opset:
         raise_opset(model, spec.min_opset)
     before = _node_count(model)
-    ctx = PassContext(Names(model.graph), ranges)
+    ctx = PassContext(Names(model.graph), ranges, model.metadata)
     start = time.perf_counter()
     spec.function(model.graph, ctx, **step.options)
     sort_graph(model.graph)

@@ -243,6 +243,26 @@ class Joined(Weight):
         return ("joined", self.axis, tuple(part.fingerprint() for part in self.parts))
 
 
+class Selected(Weight):
+    """The elements of `base` at `indices` along `axis`, in the order of `indices`."""
+
+    def __init__(self, base: Weight, axis: int, indices: Sequence[int]) -> None:
+        super().__init__([*base.shape[:axis], len(indices), *base.shape[axis + 1 :]], base.dtype)
+        self.base = base
+        self.axis = axis
+        self.indices = tuple(int(index) for index in indices)
+
+    def read(self, region: Region) -> Array:
+        places = np.array(self.indices[region[self.axis]], np.int64)
+        low, high = (int(places.min()), int(places.max()) + 1) if len(places) else (0, 0)
+        span = (*region[: self.axis], slice(low, high), *region[self.axis + 1 :])
+        values: Array = np.take(self.base.read(span), places - low, axis=self.axis)
+        return values
+
+    def fingerprint(self) -> object:
+        return ("selected", self.axis, self.indices, self.base.fingerprint())
+
+
 class Scaled(Weight):
     """`base` times `factor`, a float32 array that broadcasts to it, rounded once to `base`'s dtype or `dtype`."""
 
@@ -384,6 +404,7 @@ __all__ = [
     "Region",
     "Reshaped",
     "Scaled",
+    "Selected",
     "Stored",
     "Transposed",
     "Weight",

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from pi05c.backend.onnxruntime import OnnxRuntimeRunner
 from pi05c.graph.io import Model, model_from_proto, save, scopes
 from pi05c.graph.ranges import Ranges
+from pi05c.graph.specialization import fixed_inputs
 from pi05c.graph.text import canonical_text
 from pi05c.passes import PRESETS, REGISTRY
 from pi05c.passes.pipeline import Step, StepResult, parse, run
@@ -131,7 +132,20 @@ def outputs_of_each(
         if also:
             _expose(path, also)
         runner = OnnxRuntimeRunner(path, threads=1)
-        return [runner.run(sample) for sample in samples]
+        unfed = {fixed.name for fixed in fixed_inputs(model.metadata) if fixed.is_whole}
+        return [
+            runner.run({name: array for name, array in sample.items() if name not in unfed})
+            for sample in samples
+        ]
+
+
+def fitted(model: Model, sample: Mapping[str, Array]) -> dict[str, Array]:
+    """The sample with the values for which a model was specialized."""
+    changed = dict(sample)
+    for fixed in fixed_inputs(model.metadata):
+        decided = np.array([value is not None for value in fixed.values]).reshape(fixed.shape)
+        changed[fixed.name] = np.where(decided, fixed.array, sample[fixed.name])
+    return changed
 
 
 def _expose(path: Path, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from golden_cases import CASES, GoldenCase
 from pass_graphs import (
     editable,
+    fitted,
     graph_text,
     make_output,
     node_of,
@@ -97,7 +98,7 @@ def test_another_reader_of_an_inner_tensor(case: GoldenCase, tensor: str, extend
         assert text_of(after) == text_of(before)
     assert quantized_on_one_side(after) == []
     drawn = {name: pair for name, pair in (case.ranges or {}).items() if -INF < pair[0] < pair[1] < INF}
-    inputs = seeded_inputs(before, 7, drawn)
+    inputs = fitted(after, seeded_inputs(before, 7, drawn))
     limit = 1e-6 if REGISTRY[case.graph_pass].exact else 1.5 * case.limit
     assert relative_error(outputs_of(after, inputs), outputs_of(before, inputs)) <= limit
     once = text_of(after)

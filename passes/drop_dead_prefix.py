@@ -1,0 +1,65 @@
+"""drop_dead_prefix: rows, carried values and masks that no output needs."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from pi05c.graph.edit import remove_dead
+from pi05c.graph.io import scopes
+from pi05c.graph.sort import sort_graph
+from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.dead_outputs import drop_dead_outputs
+from pi05c.passes.patterns.attention import find_attention
+from pi05c.passes.patterns.known import Known
+from pi05c.passes.patterns.liveness import Liveness
+from pi05c.passes.patterns.masked_keys import Mask, find_mask
+from pi05c.passes.patterns.walk import output_ids, static_shape
+from pi05c.passes.shrink import Shrinker
+
+
+@graph_pass(exact=True, after=("specialize", "canonicalize"), min_opset=13)
+def drop_dead_prefix(graph: gs.Graph, ctx: PassContext) -> None:
+    """Leave out the rows of the prefix, and of any tensor, that no output needs.
+
+    A row that nobody reads is not computed: what the last prefix layer does after its keys and values, positions that
+    a Slice or Gather drops, and, where a mask is known at compile time, keys that have a probability of exactly 0 in
+    every row: an absent camera and padding, from the attention of each layer up to the camera tower's batch and the
+    lookup of tokens. The Slice moves up through linears, norms, RoPE and attention's query rows to the input or to the
+    last tensor of which all rows are needed. A mask that then lets everything through goes. Values that a Loop or Scan
+    carries or collects, and outputs of If, go where nothing needs them. Rows that a mask may leave out whole when the
+    model runs keep their values only if something that is not left out reads them.
+    """
+    while True:
+        dropped = drop_dead_outputs(graph)
+        sort_graph(graph)
+        remove_dead(graph)
+        live = Liveness(graph)
+        dropped += Shrinker(graph, ctx, live).run()
+        sort_graph(graph)
+        remove_dead(graph)
+        for name in dropped:
+            ctx.changed(name)
+        if not dropped:
+            break
+    for name, reason in live.skips.items():
+        ctx.skip(name, reason)
+    for name in _drop_open_masks(graph, ctx):
+        ctx.changed(name)
+    if not ctx.changes and not ctx.skips:
+        ctx.skip("graph", "all that it computes is needed")
+
+
+def _drop_open_masks(graph: gs.Graph, ctx: PassContext) -> list[str]:
+    """Take out masks that are known to let everything through; the names of their nodes."""
+    known, returned = Known(graph), output_ids(graph)
+    editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
+    dropped = []
+    for attention in find_attention(graph)[0]:
+        mask = find_mask(attention, known)
+        if not isinstance(mask, Mask) or not mask.lets_all_through:
+            continue
+        logits, masked = mask.node.inputs[mask.logits], mask.node.outputs[0]
+        if static_shape(logits) == static_shape(masked) and id(masked) not in returned:
+            editors[id(attention.scope)].replace_uses(masked, logits)
+            dropped.append(mask.node.name)
+    return dropped
