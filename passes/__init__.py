@@ -29,10 +29,6 @@ _EXACT = (
     dedupe,  # nothing is stored or computed twice
 )
 
-_BY_REQUEST = (
-    specialize,  # it makes an engine for fewer observations: placed first by whoever asks for it
-)
-
 _FLOAT16 = (
     lower_precision,  # float16 wherever values fit: half the bytes, twice the tensor-core rate
     pin_fp32,  # except where a robot's accuracy hangs on it
@@ -59,4 +55,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 """What each word in `--passes` stands for: FP8, float16, nothing that changes numbers, nothing at all."""
 
-__all__ = ["PRESETS", "REGISTRY", "Pass", "PassContext", "Skip", "graph_pass"]
+BY_REQUEST: tuple[str, ...] = (
+    specialize.__name__,  # it makes an engine for fewer observations: whoever asks for it places it first
+)
+"""Passes of no preset."""
+
+__all__ = ["BY_REQUEST", "PRESETS", "REGISTRY", "Pass", "PassContext", "Skip", "graph_pass"]

@@ -19,15 +19,18 @@ from pi05c.passes.shrink import Shrinker
 
 @graph_pass(exact=True, after=("specialize", "canonicalize"), min_opset=13)
 def drop_dead_prefix(graph: gs.Graph, ctx: PassContext) -> None:
-    """Leave out the rows of the prefix, and of any tensor, that no output needs.
+    """Leave out rows, carried values and masks that no output needs.
 
-    A row that nobody reads is not computed: what the last prefix layer does after its keys and values, positions that
-    a Slice or Gather drops, and, where a mask is known at compile time, keys that have a probability of exactly 0 in
-    every row: an absent camera and padding, from the attention of each layer up to the camera tower's batch and the
-    lookup of tokens. The Slice moves up through linears, norms, RoPE and attention's query rows to the input or to the
-    last tensor of which all rows are needed. A mask that then lets everything through goes. Values that a Loop or Scan
-    carries or collects, and outputs of If, go where nothing needs them. Rows that a mask may leave out whole when the
-    model runs keep their values only if something that is not left out reads them.
+    A row that nobody reads is not computed: what the last prefix layer does after its keys and values, and positions
+    that a Slice or Gather drops. The Slice moves up through linears, norms, RoPE and attention's query rows to the
+    first tensor of which other readers need more.
+
+    Where a mask leaves out a key in every run, with a probability of exactly 0 in every row, the key's row goes from
+    the attention of each layer, up to the camera tower's batch and the lookup of tokens: absent cameras and padding,
+    once `specialize` has fixed them. A row that a mask leaves out in some runs stays; in those it may hold other
+    values than before, which nothing reads. A mask that lets everything through goes.
+
+    So do values that a Loop or Scan carries or collects, and outputs of If, that nothing needs.
     """
     while True:
         dropped = drop_dead_outputs(graph)

@@ -13,7 +13,7 @@ from pass_graphs import editable, graph_text, normal, ranges_of, text_of
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges
-from pi05c.passes import PRESETS, REGISTRY
+from pi05c.passes import BY_REQUEST, PRESETS, REGISTRY
 from pi05c.passes.contract import Pass, PassContext, graph_pass
 from pi05c.passes.pipeline import Step, StepResult, parse, run
 
@@ -124,7 +124,7 @@ def test_contract(spec: Pass) -> None:
 
 
 def test_the_list_holds_every_pass() -> None:
-    assert set().union(*map(set, PRESETS.values())) == set(REGISTRY)
+    assert set(BY_REQUEST).union(*map(set, PRESETS.values())) == set(REGISTRY)
 
 
 def test_presets_obey_the_order() -> None:
