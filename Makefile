@@ -26,6 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pi05c verify demo/engine
 
 test: check
+	$(BIN)/pi05c golden check golden
 	$(BIN)/python -m pytest -n 2 tests
 
 check: $(VENV)/.test

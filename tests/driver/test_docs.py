@@ -73,11 +73,14 @@ def _invocations() -> list[Invocation]:
 
 
 def _commands() -> dict[str, set[str]]:
-    """Every command with its options, as the command line declares them."""
+    """Every command with its options, as the command line declares them; a group has those of its commands."""
     group = typer.main.get_command(app)
     return {
         name: {
-            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+            option
+            for inner in (command, *getattr(command, "commands", {}).values())
+            for parameter in inner.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
         }
         | {"--help", "-h"}
         for name, command in group.commands.items()  # type: ignore[attr-defined]

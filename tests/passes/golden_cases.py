@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from pass_graphs import Array, graph_text, normal
 
-METADATA_KEY = "pi05c.golden"
+from pi05c.golden import METADATA_KEY
 
 EXACT = 1e-6
 """Relative error that float32 rounding explains in graphs of this size."""

@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import onnx
 import pytest
-from golden_cases import CASES, METADATA_KEY, GoldenCase
-from pass_graphs import fitted, outputs_of_each, relative_error, run_pass, seeded_inputs, text_of
+from golden_cases import CASES, GoldenCase
+from pass_graphs import fitted, outputs_of_each, relative_error, seeded_inputs, text_of
 
+from pi05c.golden import METADATA_KEY, PassCase, after_text, before_text, run_pass_case
 from pi05c.graph.check import problems
-from pi05c.graph.io import Model, load, save
+from pi05c.graph.io import load, save
 from pi05c.graph.ranges import Ranges
 from pi05c.passes import REGISTRY
-from pi05c.passes.pipeline import StepResult
 
 for _module in sorted(Path(__file__).parent.glob("golden_cases_*.py")):
     import_module(_module.stem)  # registers its cases
@@ -30,51 +29,15 @@ SAMPLES = 3
 """Seeded inputs that the numbers are compared on."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What the metadata of a golden model says; see `golden_cases.GoldenCase`."""
-
-    shows: str
-    options: dict[str, str]
-    ranges: Ranges | None
-    limit: float
-
-    @classmethod
-    def of(cls, model: Model) -> Stored:
-        entry = json.loads(model.metadata[METADATA_KEY])
-        ranges = None if entry["low"] is None else Ranges(entry["low"], entry["high"], "the case")
-        return cls(entry["shows"], entry["options"], ranges, entry["limit"])
-
-    @property
-    def drawn_from(self) -> dict[str, tuple[float, float]]:
-        """The ranges from which inputs are drawn; one that is not a range of numbers is left out."""
-        ranges = self.ranges or Ranges({}, {})
-        pairs = {name: (low, ranges.high[name]) for name, low in ranges.low.items()}
-        return {
-            name: pair for name, pair in pairs.items() if float("-inf") < pair[0] < pair[1] < float("inf")
-        }
-
-
-def before_text(model: Model) -> str:
-    """The graph under the sentence that it illustrates."""
-    return f"# {Stored.of(model).shows}\n{text_of(model)}"
-
-
-def after_text(model: Model, result: StepResult) -> str:
-    """The graph and what the pass reported."""
-    lines = [f"changed: {name}" for name in result.changes]
-    lines += [f"skipped: {skip.where}: {skip.reason}" for skip in result.skips]
-    lines += [f"note: {note}" for note in result.notes]
-    return text_of(model) + "".join(f"{line}\n" for line in lines)
+def drawn_from(case: PassCase) -> dict[str, tuple[float, float]]:
+    """The ranges from which inputs are drawn; one that is not a range of numbers is left out."""
+    ranges = case.ranges or Ranges({}, {})
+    pairs = {name: (low, ranges.high[name]) for name, low in ranges.low.items()}
+    return {name: pair for name, pair in pairs.items() if float("-inf") < pair[0] < pair[1] < float("inf")}
 
 
 def _path(case: GoldenCase) -> Path:
     return GOLDEN / case.graph_pass / f"{case.name}.onnx"
-
-
-def run_case(model: Model, name: str) -> StepResult:
-    stored = Stored.of(model)
-    return run_pass(model, name, stored.ranges, **stored.options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.graph_pass}/{case.name}")
@@ -86,7 +49,7 @@ def test_builder_makes_the_stored_graph(case: GoldenCase, request: pytest.Fixtur
         path.write_bytes(content)
         model = load(path)
         path.with_suffix(".before.txt").write_text(before_text(model))
-        result = run_case(model, case.graph_pass)
+        result = run_pass_case(model, case.graph_pass)
         path.with_suffix(".after.txt").write_text(after_text(model, result))
     assert path.read_bytes() == content
 
@@ -99,7 +62,7 @@ def test_every_file_has_a_builder() -> None:
 
 def test_every_pass_shows_a_point_a_variant_and_a_refusal() -> None:
     for name in REGISTRY:
-        results = [run_case(load(_path(case)), name) for case in CASES if case.graph_pass == name]
+        results = [run_pass_case(load(_path(case)), name) for case in CASES if case.graph_pass == name]
         assert sum(bool(result.changes) for result in results) >= 2, name
         assert any(not result.changes and result.skips for result in results), name
 
@@ -112,23 +75,23 @@ def golden(request: pytest.FixtureRequest) -> Path:
 def test_texts(golden: Path) -> None:
     model = load(golden)
     assert before_text(model) == golden.with_suffix(".before.txt").read_text()
-    result = run_case(model, golden.parent.name)
+    result = run_pass_case(model, golden.parent.name)
     assert after_text(model, result) == golden.with_suffix(".after.txt").read_text()
     assert problems(model) == []
 
 
 def test_twice_is_once(golden: Path) -> None:
     model = load(golden)
-    run_case(model, golden.parent.name)
+    run_pass_case(model, golden.parent.name)
     once = text_of(model)
-    again = run_case(model, golden.parent.name)
+    again = run_pass_case(model, golden.parent.name)
     assert text_of(model) == once
     assert again.changes == ()
 
 
 def test_saved_and_loaded_it_is_the_same(golden: Path, tmp_path: Path) -> None:
     model = load(golden)
-    run_case(model, golden.parent.name)
+    run_pass_case(model, golden.parent.name)
     save(model, tmp_path / "after.onnx")
     assert text_of(load(tmp_path / "after.onnx")) == text_of(model)
 
@@ -136,12 +99,12 @@ def test_saved_and_loaded_it_is_the_same(golden: Path, tmp_path: Path) -> None:
 def test_numbers(golden: Path) -> None:
     name = golden.parent.name
     before, after = load(golden), load(golden)
-    result = run_case(after, name)
-    stored = Stored.of(before)
+    result = run_pass_case(after, name)
+    stored = PassCase.of(before)
     limit = min(stored.limit, 1e-6) if REGISTRY[name].exact else stored.limit
     if not result.changes:
         assert text_of(after) == text_of(before)
-    samples = [fitted(after, seeded_inputs(before, seed, stored.drawn_from)) for seed in range(SAMPLES)]
+    samples = [fitted(after, seeded_inputs(before, seed, drawn_from(stored))) for seed in range(SAMPLES)]
     for expected, actual in zip(
         outputs_of_each(before, samples), outputs_of_each(after, samples), strict=True
     ):
