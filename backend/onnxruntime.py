@@ -8,7 +8,7 @@ they are used, since constant folding is off.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,18 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(
-        self, path: Path, *, outputs: Sequence[str] | None = None, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        outputs: Sequence[str] | None = None,
+        edit: Callable[[onnx.ModelProto], None] | None = None,
+        threads: int | None = None,
     ) -> None:
         """Load the model at `path`.
 
         Args:
             outputs: names of the outputs to compute; what only the others need is not run. None: all.
+            edit: changes the proto as it was read, for example makes inner tensors outputs.
             threads: for the operators; None: one for each processor that this process may use.
 
         Raises:
@@ -61,6 +67,8 @@ class OnnxRuntimeRunner:
             raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
         except DecodeError as error:
             raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
+        if edit is not None:
+            edit(proto)
         self.inputs = inputs_of(proto.graph)
         if outputs is not None:
             _keep_outputs(proto.graph, outputs, path)
@@ -73,7 +81,7 @@ class OnnxRuntimeRunner:
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
         model: str | bytes = str(path)
-        if lowered.changed or outputs is not None:
+        if lowered.changed or outputs is not None or edit is not None:
             options.add_session_config_entry(_DATA_FOLDER, str(path.absolute().parent))
             model = lowered.model.SerializeToString()
         try:
@@ -112,9 +120,14 @@ class OnnxRuntimeRunner:
         return np.ascontiguousarray(array.astype(np.float32) if name in self._feeds else array)
 
 
-def load_runner(path: Path, *, outputs: Sequence[str] | None = None) -> OnnxRuntimeRunner:
+def load_runner(
+    path: Path,
+    *,
+    outputs: Sequence[str] | None = None,
+    edit: Callable[[onnx.ModelProto], None] | None = None,
+) -> OnnxRuntimeRunner:
     """Load the model at `path` for repeated runs; a `pi05c.graph.runner.LoadRunner`. See `OnnxRuntimeRunner`."""
-    return OnnxRuntimeRunner(path, outputs=outputs)
+    return OnnxRuntimeRunner(path, outputs=outputs, edit=edit)
 
 
 def _keep_outputs(graph: onnx.GraphProto, names: Sequence[str], path: Path) -> None:
