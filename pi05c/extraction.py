@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
 from pi05c.graph.check import problems
-from pi05c.graph.dtypes import FLOAT32, to_numpy
-from pi05c.graph.edit import Editor, Names, detach, remove_dead
+from pi05c.graph.dtypes import FLOAT32, to_numpy, to_onnx
+from pi05c.graph.edit import Editor, Names, detach, producer, remove_dead
 from pi05c.graph.errors import Pi05cError, UsageError
-from pi05c.graph.io import Model, load
+from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import sort_graph
+from pi05c.inspection import tensor_records
+from pi05c.manifest import TensorRecord
 from pi05c.passes.patterns.borders import Crossing, find_crossings, present_parts
 from pi05c.passes.patterns.flow_loop import FlowLoop, find_flow_loop
-from pi05c.passes.patterns.parts import PARTS, Part
+from pi05c.passes.patterns.parts import PARTS, Part, parts_of
 from pi05c.passes.patterns.walk import origin, static_shape
+from pi05c.progress import Progress
+from pi05c.samples import SIDECAR_SUFFIX, SYNTHETIC, find_samples, save_samples
 
 STEP = "step"
 """What stands for the denoising where one step is a graph of its own."""
@@ -47,14 +52,33 @@ class PartGraph:
         name: its parts, joined by `+`.
         sources: names of the tensors of the whole graph that enter it from earlier parts, by the name of its input.
         results: names of the tensors of the whole graph that it makes, by the name of its output.
-        table: of a step, the graph from time and factor to `step_row`.
+        step: of a step, what makes its inputs.
     """
 
     name: str
     model: Model
     sources: dict[str, str]
     results: dict[str, str]
-    table: Model | None = None
+    step: StepSource | None = None
+
+    def takes(self) -> list[str]:
+        """Names of its inputs."""
+        return [tensor.name for tensor in self.model.graph.inputs]
+
+
+@dataclass(frozen=True)
+class StepSource:
+    """What a step that was taken out of a loop reads.
+
+    Attributes:
+        table: the graph from time and factor to `step_row`, for `StepTable`.
+        loop: name of the Loop in the whole graph.
+        state: name of x in the loop's body.
+    """
+
+    table: Model
+    loop: str
+    state: str
 
 
 def parse_grouping(text: str) -> Grouping:
@@ -74,7 +98,9 @@ def parse_grouping(text: str) -> Grouping:
     if order != list(range(order[0], order[-1] + 1)):
         raise UsageError(f"{text!r} leaves out a part between two others: the order is {', '.join(PARTS)}")
     if any(STEP in group and len(group) > 1 for group in groups):
-        raise UsageError(f"{STEP} cannot be joined with another part in {text!r}: it is run once a step by itself")
+        raise UsageError(
+            f"{STEP} cannot be joined with another part in {text!r}: it is run once a step by itself"
+        )
     return groups
 
 
@@ -89,7 +115,9 @@ def complete_grouping(path: Path, wanted: Grouping) -> Grouping:
     named = {"denoise" if part == STEP else _part(part) for group in wanted for part in group}
     for part in PARTS:
         if part in named and part not in present:
-            raise Pi05cError(f"{path} has no part {part}: {_SIGNS[part]}; it has {', '.join(present) or 'none'}")
+            raise Pi05cError(
+                f"{path} has no part {part}: {_SIGNS[part]}; it has {', '.join(present) or 'none'}"
+            )
     before = tuple(part for part in present if PARTS.index(part) < min(map(PARTS.index, named)))
     after = tuple(part for part in present if PARTS.index(part) > max(map(PARTS.index, named)))
     return tuple(group for group in (before, *wanted, after) if group)
@@ -130,10 +158,10 @@ def extract(path: Path, grouping: Grouping, index: int) -> PartGraph:
     results = {crossing.name: crossing.tensor.name for crossing in leaving}
     if group == (STEP,):
         loop = _flow_loop(path, graph)
+        step = StepSource(_step_table(path), loop.loop.form.node.name, loop.state.entering.name)
         _take_step(model, loop, entering)
-        table = _step_table(path)
     else:
-        table = None
+        step = None
         own = _own_outputs(graph, groups, index)
         results |= {tensor.name: tensor.name for tensor in own}
         _rename(graph, crossings)
@@ -143,7 +171,7 @@ def extract(path: Path, grouping: Grouping, index: int) -> PartGraph:
     model.metadata[PART_KEY] = name
     for found in problems(model):
         raise Pi05cError(f"the part {name} of {path} is not a valid graph: {found}")
-    return PartGraph(name, model, sources, results, table)
+    return PartGraph(name, model, sources, results, step)
 
 
 class StepTable:
@@ -174,7 +202,7 @@ class StepTable:
         count = self.steps if steps is None else steps
         if count < 1:
             raise UsageError(f"--steps {count} takes no step: give a number from 1 on")
-        dtype, shape = self._time.dtype, tuple(dim or 1 for dim in self._time.shape)
+        dtype, shape = self._time.dtype, [1] * len(self._time.shape)
         time, dt = np.full(shape, self._start, dtype), dtype.type(self._span / count)
         factor = np.array([self._reach / count], FLOAT32)
         rows = []
@@ -184,13 +212,154 @@ class StepTable:
         return rows
 
 
+class PlainBorders:
+    """Runs the whole plain graph and gives, beside its outputs, what crosses the borders of parts.
+
+    Args:
+        path: the plain graph.
+        parts: what `extract` made of it.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[PartGraph]) -> None:
+        self._inner = {name: inner for part in parts for name, inner in part.sources.items()}
+        self._step = next((part.step for part in parts if part.step is not None), None)
+        specs = {
+            inner: tensor
+            for part in parts
+            for tensor in (*part.model.graph.inputs, *part.model.graph.outputs)
+            if (inner := {**part.sources, **part.results}.get(tensor.name)) is not None
+        }
+        self._values = [
+            onnx.helper.make_tensor_value_info(inner, to_onnx(specs[inner].dtype), specs[inner].shape)
+            for inner in dict.fromkeys(self._inner.values())
+        ]
+        self._runner = load_runner(path, edit=self._tap)
+
+    def run(self, sample: Mapping[str, Array]) -> dict[str, Array]:
+        """The sample, the outputs, and the crossing tensors by their names; x before each step, stacked, as `x`."""
+        given = self._runner.run(sample)
+        outer = {name: value for name, value in given.items() if name not in self._inner.values()}
+        crossing = {name: given[inner] for name, inner in self._inner.items()}
+        return {**sample, **outer, **crossing}
+
+    def _tap(self, proto: onnx.ModelProto) -> None:
+        """Make the crossing tensors outputs, and let the loop collect x."""
+        known = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(value for value in self._values if value.name not in known)
+        if self._step is None:
+            return
+        loop = next(node for node in proto.graph.node if node.name == self._step.loop)
+        body = next(attribute.g for attribute in loop.attribute if attribute.name == "body")
+        entering = next(value for value in body.input if value.name == self._step.state)
+        body.node.append(onnx.helper.make_node("Identity", [entering.name], [_COLLECTED], name=_COLLECTED))
+        body.output.add().CopyFrom(entering)
+        body.output[-1].name = _COLLECTED
+        loop.output.append(STATE)
+        kind = entering.type.tensor_type
+        shape = [None, *(dim.dim_value for dim in kind.shape.dim)]
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(STATE, kind.elem_type, shape))
+
+
+_COLLECTED = "pi05c.x"
+"""Name in the loop's body of what it collects."""
+
+
+def part_samples(
+    part: PartGraph, space: Mapping[str, Array], table: StepTable | None
+) -> list[dict[str, Array]]:
+    """What a part is fed for one sample, of which `space` holds what `PlainBorders` gives; once a step for a step."""
+    fixed = {name: space[name] for name in part.takes() if name not in (STATE, ROW)}
+    if part.step is None:
+        return [fixed]
+    assert table is not None, "a step has a table"
+    return [{**fixed, STATE: x, ROW: row} for x, row in zip(space[STATE], table.rows(), strict=True)]
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What `pi05c extract` wrote.
+
+    Attributes:
+        table: of a step, the graph that makes `step_row`.
+        calibration: samples for the part; None where the whole model had none.
+    """
+
+    model: Path
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    table: Path | None
+    calibration: Path | None
+
+
+def extract_part(
+    model: Path | str,
+    part: str,
+    output: Path | str,
+    *,
+    calibration: Sequence[Path | str] = (),
+    progress: Progress | None = None,
+) -> ExtractResult:
+    """Write the plain graph of one part, and samples for it beside it where the whole model has some.
+
+    The samples are what the parts before it hand over in the plain graph; those of a step are one step of each
+    sample, spread over the loop. The table of a step is written as `OUTPUT.table.onnx`.
+
+    Args:
+        part: `denoise`, `prefix+denoise`, `step`.
+        output: the ONNX file to write.
+        calibration: samples of the whole model, as `find_samples` takes them; those beside it where none are named.
+
+    Raises:
+        UsageError: there is no such part.
+        Pi05cError: the model cannot be read or cut there, or the output cannot be written.
+    """
+    path, output = Path(model), Path(output)
+    progress = progress or Progress()
+    wanted = parse_grouping(part)
+    if len(wanted) > 1:
+        raise UsageError(
+            f"--part {part} names several graphs: join parts with +, or extract one after the other"
+        )
+    grouping = complete_grouping(path, wanted)
+    table_path = output.with_name(f"{output.stem}.table{output.suffix}")
+    sidecar = output.with_name(output.stem + SIDECAR_SUFFIX)
+    if path.resolve() in (output.resolve(), table_path.resolve()):
+        raise Pi05cError(f"{output} is the model itself: choose another -o")
+    with progress.stage("cut"):
+        found = extract(path, grouping, grouping.index(wanted[0]))
+        beside = path.with_name(path.stem + SIDECAR_SUFFIX).is_file()
+        samples = find_samples(load(path), calibration or ([SYNTHETIC] if beside else []))
+    with progress.stage("write the graph"):
+        save(found.model, output)
+        if found.step is not None:
+            save(found.step.table, table_path)
+    if samples is not None:
+        with progress.stage("run the plain graph"):
+            table = None if found.step is None else StepTable(table_path)
+            borders = PlainBorders(path, [found])
+            feeds = []
+            for index, sample in enumerate(samples):
+                steps = part_samples(found, borders.run(sample), table)
+                feeds.append(steps[index * (len(steps) - 1) // max(1, len(samples) - 1)])
+            save_samples(sidecar, feeds, synthetic=samples.synthetic)
+    return ExtractResult(
+        output,
+        tensor_records(found.model.graph.inputs),
+        tensor_records(found.model.graph.outputs),
+        None if found.step is None else table_path,
+        None if samples is None else sidecar,
+    )
+
+
 def _flow_loop(path: Path, graph: gs.Graph) -> FlowLoop:
     loop = find_flow_loop(graph)
     if isinstance(loop, str):
         raise Pi05cError(f"{path} has no single step to take out, since {loop}: split off denoise as a whole")
     for value in loop.rows:
         if static_shape(value) is None:
-            raise Pi05cError(f"{value.name!r} of a step has a dynamic shape: export the model with fixed sizes")
+            raise Pi05cError(
+                f"{value.name!r} of a step has a dynamic shape: export the model with fixed sizes"
+            )
     return loop
 
 
@@ -201,9 +370,10 @@ def _take_step(model: Model, loop: FlowLoop, entering: Sequence[Crossing]) -> No
     state = loop.state.entering
     names = editor.names
     row = gs.Variable(names.unique(ROW), FLOAT32, [sum(_sizes(loop))])
-    pieces = [gs.Variable(names.unique(f"{ROW}.{value.name}"), FLOAT32, [size]) for value, size in zip(
-        (*loop.rows, loop.factor), _sizes(loop), strict=True
-    )]
+    pieces = [
+        gs.Variable(names.unique(f"{ROW}.{value.name}"), FLOAT32, [size])
+        for value, size in zip((*loop.rows, loop.factor), _sizes(loop), strict=True)
+    ]
     sizes = editor.constant(f"{ROW}.sizes", np.array(_sizes(loop), np.int64))
     graph.nodes.insert(0, gs.Node("Split", names.unique(f"{ROW}.Split"), {"axis": 0}, [row, sizes], pieces))
     for value, piece in zip(loop.rows, pieces, strict=False):
@@ -236,7 +406,9 @@ def _step_table(path: Path) -> Model:
         )
         for value, size in zip(loop.rows, _sizes(loop), strict=False)
     ]
-    row = editor.add("Concat", [*values, factor], ROW, dtype=FLOAT32, shape=[sum(_sizes(loop))], attrs={"axis": 0})
+    row = editor.add(
+        "Concat", [*values, factor], ROW, dtype=FLOAT32, shape=[sum(_sizes(loop))], attrs={"axis": 0}
+    )
     _rename(graph, [], {id(time): TIME, id(factor): FACTOR, id(row): ROW})
     _cut(graph, [time, factor], [row])
     steps = loop.loop.steps
@@ -282,9 +454,6 @@ def _shaped(editor: Editor, piece: gs.Tensor, value: gs.Tensor) -> gs.Tensor:
 
 def _own_outputs(graph: gs.Graph, groups: Sequence[Sequence[Part]], index: int) -> list[gs.Tensor]:
     """The outputs of the whole graph that a group makes."""
-    from pi05c.graph.edit import producer
-    from pi05c.passes.patterns.parts import parts_of
-
     parts = parts_of(graph)
     found = []
     for tensor in graph.outputs:
@@ -325,10 +494,15 @@ __all__ = [
     "ROW",
     "STATE",
     "STEP",
+    "ExtractResult",
     "Grouping",
     "PartGraph",
+    "PlainBorders",
+    "StepSource",
     "StepTable",
     "complete_grouping",
     "extract",
+    "extract_part",
     "parse_grouping",
+    "part_samples",
 ]

@@ -43,7 +43,9 @@ class Crossing:
     readers: frozenset[int]
 
 
-def find_crossings(graph: gs.Graph, groups: Sequence[Sequence[Part]], *, recompute: bool = True) -> list[Crossing]:
+def find_crossings(
+    graph: gs.Graph, groups: Sequence[Sequence[Part]], *, recompute: bool = True
+) -> list[Crossing]:
     """What crosses the borders between groups of parts, in the order of execution. Nodes must be sorted.
 
     A value that depends on weights alone is made where it is read. So is one that comes from the model's inputs
@@ -69,7 +71,8 @@ def find_crossings(graph: gs.Graph, groups: Sequence[Sequence[Part]], *, recompu
             found.setdefault(id(tensor), (tensor, maker, set()))[2].add(index)
     names = _names(graph, [tensor for tensor, *_ in found.values()])
     return [
-        Crossing(tensor, names[key], maker, frozenset(readers)) for key, (tensor, maker, readers) in found.items()
+        Crossing(tensor, names[key], maker, frozenset(readers))
+        for key, (tensor, maker, readers) in found.items()
     ]
 
 
@@ -130,7 +133,12 @@ class _Cut:
             for tensor in reads(node):
                 made = producer(tensor)
                 inside = made is not None and self._group.get(id(made)) == index
-                if id(tensor) in self._runtime and made is not None and id(made) in self._group and not inside:
+                if (
+                    id(tensor) in self._runtime
+                    and made is not None
+                    and id(made) in self._group
+                    and not inside
+                ):
                     found[id(tensor)] = tensor
         return list(found.values())
 
@@ -283,9 +291,7 @@ def _moved(tensor: gs.Tensor, wanted: set[int]) -> Iterator[gs.Tensor]:
             yield tensor
         elif node is not None and node.op == "Concat":
             stack.extend(reversed(node.inputs))
-        elif node is not None and node.op in _REPEATING:
-            stack.append(node.inputs[0])
-        elif node is not None and node.op in ("Mul", "Div"):
+        elif (node is not None and node.op in _REPEATING) or (node is not None and node.op in ("Mul", "Div")):
             stack.append(node.inputs[0])
 
 
