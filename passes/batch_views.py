@@ -50,7 +50,7 @@ def _batch(twins: Twins, editor: Editor) -> None:
         replace_input(node, twins.views[0], batch)
     for row in twins.rows:
         for node in row[1:]:
-            node.inputs.clear()
+            detach(node)
     borders = {(border.row, border.output): border for border in twins.borders}
     inside = {id(node) for node in first}
     for index, node in enumerate(first):
@@ -64,9 +64,6 @@ def _batch(twins: Twins, editor: Editor) -> None:
             else:
                 result.shape = [count * shape[0], *shape[1:]]
         _adapt(node, editor)
-    for row in twins.rows:
-        for node in row[1:]:
-            detach(node)
     for border in twins.borders:
         _hand_over(border, first[border.row].outputs[border.output], editor)
 

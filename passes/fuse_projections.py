@@ -14,6 +14,7 @@ from pi05c.graph.edit import Editor
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
+from pi05c.passes.patterns.identity import ValueNumbers
 from pi05c.passes.patterns.linear import Linear, find_linears
 from pi05c.passes.patterns.walk import constant, output_ids, static_shape
 
@@ -35,9 +36,9 @@ class _Group:
 def fuse_projections(graph: gs.Graph, ctx: PassContext, *, max_scale_ratio: float = 2.0) -> None:
     """Join the weights of linears that read one tensor (q/k/v, gate/up) and split the result.
 
-    One scale will serve all of a joined weight when it is quantized, so linears whose largest weights differ by
-    more than `max_scale_ratio` stay apart. Weights that anything else reads stay as they are; groups of several
-    steps that share their weights share the joined one.
+    Tensors that the same operators make of the same tensors count as one. One scale will serve all of a joined weight
+    when it is quantized, so linears whose largest weights differ by more than `max_scale_ratio` stay apart. Weights
+    that anything else reads stay as they are; groups of several steps that share their weights share the joined one.
     """
     editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
     groups = _groups(graph)
@@ -64,9 +65,12 @@ def fuse_projections(graph: gs.Graph, ctx: PassContext, *, max_scale_ratio: floa
 
 
 def _groups(graph: gs.Graph) -> list[_Group]:
+    """Linears over activations of one value, which exporters that flatten for each Gemm compute several times."""
+    numbers = {id(scope): ValueNumbers(scope) for scope in scopes(graph)}
     by_activation: dict[tuple[int, int, int], list[Linear]] = defaultdict(list)
     for linear in find_linears(graph):
-        by_activation[id(linear.scope), id(linear.activation), linear.rows].append(linear)
+        scope = id(linear.scope)
+        by_activation[scope, numbers[scope].of(linear.activation), linear.rows].append(linear)
     found = []
     for linears in by_activation.values():
         if len(linears) > 1:

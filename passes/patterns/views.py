@@ -344,7 +344,7 @@ def _join(node: gs.Node, results: tuple[gs.Tensor, ...]) -> Join | None:
         return None
     read = [id(tensor) for tensor in node.inputs]
     wanted = [id(tensor) for tensor in results]
-    places = [index for index, tensor in enumerate(read) if tensor in set(wanted)]
+    places = [index for index, tensor in enumerate(read) if tensor in wanted]
     axis = int(node.attrs["axis"]) % len(static_shape(results[0]) or (0,))
     if [read[index] for index in places] != wanted or places[-1] - places[0] >= len(places):
         return None

@@ -93,6 +93,27 @@ def fuse_projections__two_steps() -> onnx.ModelProto:
     )
 
 
+@case(
+    "fuse_projections",
+    "An exporter that flattens for each Gemm gives each linear a tensor of its own: their values are one.",
+)
+def fuse_projections__flattened_for_each() -> onnx.ModelProto:
+    return graph_text(
+        """
+        mlp (float[2,4,16] x) => (float[8,16] y) <int64[2] flat = {8, 16}, int64[2] rows = {-1, 16}> {
+          for_a = Reshape(x, flat)
+          a = MatMul(for_a, w_a)
+          for_b = Reshape(x, flat)
+          b = MatMul(for_b, w_b)
+          for_c = Reshape(x, rows)
+          c = MatMul(for_c, w_c)
+          ab = Mul(a, b)
+          y = Add(ab, c)
+        }""",
+        {"w_a": normal(1, 16, 16), "w_b": normal(2, 16, 16), "w_c": normal(3, 16, 16)},
+    )
+
+
 @case("fuse_projections", "One scale could not serve weights whose largest values differ more than twofold.")
 def fuse_projections__refused() -> onnx.ModelProto:
     return graph_text(

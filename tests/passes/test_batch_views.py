@@ -84,6 +84,8 @@ def with_operator(lines: str, batch: int) -> onnx.ModelProto:
         "heads": [batch, 4, 3, 2],
         "wide": [batch, 5, 4, 6],
         "once": [1, 1, 1],
+        "one_sample": [1, batch * 4, 6],
+        "one_row": [batch * 4 * 6, 1],
     }
     floats = {
         "kernel": normal(1, 6, 3, 3, 2),
@@ -133,7 +135,7 @@ MIXES = {
     "Transpose": "y@ = Transpose<perm = [1, 0, 2]>(x@)",
     "Softmax": "y@ = Softmax<axis = 0>(x@)",
     "mean": "y@ = ReduceMean(x@, zero)",
-    "mean of all": "m@ = ReduceMean(x@)\n y@ = Mul(m@, x@)",
+    "mean of all": "y@ = ReduceMean(x@)",
     "LayerNormalization": "y@ = LayerNormalization<axis = 0>(x@, each)",
     "Slice": "y@ = Slice(x@, zero, one, zero)",
     "Gather": "y@ = Gather(x@, zero)",
@@ -141,9 +143,11 @@ MIXES = {
     "Split": "y@ = Split<axis = 0, num_outputs = 1>(x@)",
     "entry for each": "y@ = Add(x@, each)",
     "matrix for each": "y@ = MatMul(x@, for_each)",
-    "broadcast along the batch": "b@ = ReduceMean(x@, zero)\n y@ = Mul(x@, b@)",
+    "broadcast along the batch": "s@ = Reshape(x@, one_sample)\n m@ = ReduceMean(s@, one)\n y@ = Mul(x@, m@)",
+    "broadcast of a lower rank": "s@ = Reshape(x@, one_row)\n y@ = Add(s@, same)",
     "unknown": "y@ = Tile(x@, once)",
 }
+"""The last operator of each mixes."""
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -160,8 +164,8 @@ def test_operators_that_keep_the_batch(name: str, batch: int) -> None:
 def test_operators_that_mix_the_batch(name: str) -> None:
     reasons = refused(with_operator(MIXES[name], 2))
     assert len(reasons) == 1
-    first = MIXES[name].split("(")[0].split(" = ")[1].split("<")[0]
-    assert reasons[0].startswith(f"{first} '")
+    last = MIXES[name].rsplit("y@ = ", 1)[1]
+    assert reasons[0].startswith(f"{last[: last.index('(')].split('<')[0]} 'y0.")
 
 
 # Where the copies begin
@@ -203,11 +207,11 @@ def test_preprocessing_of_each_camera_is_batched_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("starts", "stacked"), [((0, 1), True), ((1, 0), False), ((1, 2), False), ((0, 2), False)]
+    ("starts", "size", "stacked"),
+    [((0, 1), 2, True), ((1, 0), 2, False), ((0, 1), 3, False), ((1, 2), 3, False)],
 )
-def test_slices_of_one_tensor(starts: tuple[int, int], stacked: bool) -> None:
-    """Only slices that cover it in their order are the tensor itself; images has two views in the first case."""
-    size = 2 if stacked else 3
+def test_slices_of_one_tensor(starts: tuple[int, int], size: int, stacked: bool) -> None:
+    """Only slices that cover it in their order are the tensor itself."""
     cuts = "".join(f"\n          image{v} = Slice(images, from{v}, to{v}, zero)" for v in range(2))
     proto = graph_text(
         f"""
