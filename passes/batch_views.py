@@ -32,10 +32,10 @@ def batch_views(graph: gs.Graph, ctx: PassContext) -> None:
     for found in apart:
         ctx.skip(found.node, found.reason)
     for copies in twins:
-        ctx.changed(copies.rows[0][0])
         if copies.rest is not None:
             ctx.skip(copies.rest.node, f"it {copies.rest.reason}")
         _batch(copies, editors[id(copies.scope)])
+        ctx.changed(copies.rows[0][0])
     if not twins and not apart:
         some = any(True for _ in each_node(graph, "Conv"))
         reason = "no two of its Convs apply one weight to different tensors: its views are one batch already, or each has weights of its own"

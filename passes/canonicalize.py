@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy
-from pi05c.graph.edit import Editor
+from pi05c.graph.edit import Editor, Names
 from pi05c.graph.io import scopes
 from pi05c.graph.sort import sort_graph
 from pi05c.graph.weights import InMemory
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.fold_constants import fold_constants, transpose_before_cast
 from pi05c.passes.patterns.walk import each_node, output_ids, rank, scalar, static_shape
-from pi05c.passes.retype import remove_redundant_casts
+from pi05c.passes.retype import each_redundant_cast
 
 
 @graph_pass(exact=True)
@@ -24,7 +26,9 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
     Gemm becomes MatMul and Add. Shapes that are static become constants. Nodes and tensors
     without a name, or with one that another has, get one. No arithmetic on activations changes.
     """
-    _name_everything(graph, ctx)
+    renamed = _name_everything(graph, ctx.names)
+    if renamed:
+        ctx.changed(*renamed)
     editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
     for name in _static_shapes(graph):
         ctx.changed(name)
@@ -33,8 +37,8 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
         if reason:
             ctx.skip(gemm, reason)
         else:
-            ctx.changed(gemm)
             _as_matmul(gemm, editors[id(scope)])
+            ctx.changed(gemm)
     for name in transpose_before_cast(graph, editors):
         ctx.changed(name)
     sort_graph(graph)  # folding goes in execution order, and what a Gemm became stands at the end
@@ -43,32 +47,39 @@ def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
     outputs = output_ids(graph)
     for scope, node in list(each_node(graph)):
         if _is_no_op(node) and id(node.outputs[0]) not in outputs:
-            ctx.changed(node)
             editors[id(scope)].replace_uses(node.outputs[0], node.inputs[0])
-    for _ in range(remove_redundant_casts(graph)):
-        ctx.changed("redundant Cast")
+            ctx.changed(node)
+    for cast in each_redundant_cast(graph):
+        ctx.changed(cast)
 
 
-def _name_everything(graph: gs.Graph, ctx: PassContext) -> None:
-    """Give each node and each tensor a name of its own in all scopes; inputs and outputs keep theirs."""
+def _name_everything(graph: gs.Graph, names: Names) -> list[str]:
+    """Give each node and each tensor a name of its own in all scopes; inputs and outputs keep theirs.
+
+    Returns:
+        The old names of what has a new one, or the new name where there was none.
+    """
+    renamed = []
     seen_nodes: set[str] = set()
     owner = {tensor.name: id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
     for _, node in each_node(graph):
         if not node.name or node.name in seen_nodes:
-            old, node.name = node.name, ctx.names.unique(node.name or node.op)
-            ctx.changed(old or node.name)
+            old, node.name = node.name, names.unique(node.name or node.op)
+            renamed.append(old or node.name)
         seen_nodes.add(node.name)
     for scope in scopes(graph):
         local = [*scope.inputs, *(t for node in scope.nodes for t in (*node.outputs, *node.inputs))]
         for tensor in local:
             if tensor.name and owner.setdefault(tensor.name, id(tensor)) != id(tensor):
-                ctx.changed(tensor.name)
-                tensor.name = ctx.names.unique(tensor.name)
+                renamed.append(tensor.name)
+                tensor.name = names.unique(tensor.name)
                 owner[tensor.name] = id(tensor)
+    return renamed
 
 
-def _static_shapes(graph: gs.Graph) -> list[str]:
-    folded, outputs = [], output_ids(graph)
+def _static_shapes(graph: gs.Graph) -> Iterator[str]:
+    """Make constants of shapes and sizes that are known; the name of each, once it is one."""
+    outputs = output_ids(graph)
     for _, node in list(each_node(graph, "Shape", "Size")):
         shape = static_shape(node.inputs[0])
         output = node.outputs[0]
@@ -77,8 +88,7 @@ def _static_shapes(graph: gs.Graph) -> list[str]:
         values = np.asarray(shape[node.attrs.get("start", 0) : node.attrs.get("end", None)], np.int64)
         node.outputs.clear()
         output.to_constant(InMemory(values if node.op == "Shape" else np.asarray(np.prod(shape), np.int64)))
-        folded.append(output.name)
-    return folded
+        yield output.name
 
 
 def _gemm_obstacle(gemm: gs.Node) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_type_hints
+from itertools import chain
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import onnx_graphsurgeon as gs
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -13,6 +15,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pi05c.graph.edit import Editor, Names
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.ranges import Ranges
+
+_Candidate = TypeVar("_Candidate")
+
+
+class LimitReached(BaseException):
+    """A pass has made as many rewrites as it may. Not an `Exception`, so that no pass catches it by chance."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,15 @@ class PassContext:
         ranges: calibrated ranges, None where there are none.
         names: the names in use, for `editor`.
         metadata: the model's metadata, shared with it.
+        limit: after how many rewrites the pass is stopped, None for never.
+        rewrites: the names of the nodes or tensors that each rewrite changed, in order.
     """
 
     names: Names
     ranges: Ranges | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    changes: list[str] = field(default_factory=list)
+    limit: int | None = None
+    rewrites: list[tuple[str, ...]] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -44,17 +55,47 @@ class PassContext:
         """An editor for the graph or one of its subgraphs."""
         return Editor(scope, self.names)
 
-    def changed(self, where: gs.Node | gs.Tensor | str) -> None:
-        """Record one rewrite at a node or tensor."""
-        self.changes.append(where if isinstance(where, str) else where.name)
+    @property
+    def changes(self) -> list[str]:
+        """What `rewrites` holds, one after the other."""
+        return list(chain.from_iterable(self.rewrites))
+
+    def changed(self, *where: gs.Node | gs.Tensor | str) -> None:
+        """Record one rewrite, of a node or tensor or of several that cannot change apart, as soon as it is whole.
+
+        Raises:
+            LimitReached: it was the last one that the pass may make. The graph is kept as it is at this point.
+        """
+        self.rewrites.append(tuple(map(_name, where)))
+        if self.limit is not None and len(self.rewrites) >= self.limit:
+            raise LimitReached
+
+    def first(
+        self, candidates: Sequence[_Candidate], counts: Callable[[_Candidate], bool] = lambda candidate: True
+    ) -> Sequence[_Candidate]:
+        """The candidates in front of the first one that the limit forbids, for a pass that edits all in one go.
+
+        Args:
+            counts: whether a candidate will be a rewrite.
+        """
+        left = math.inf if self.limit is None else self.limit - len(self.rewrites)
+        for index, candidate in enumerate(candidates):
+            left -= counts(candidate)
+            if left < 0:
+                return candidates[:index]
+        return candidates
 
     def skip(self, where: gs.Node | gs.Tensor | str, reason: str) -> None:
         """Record a place that was left alone, and why, in a phrase that completes "left alone: "."""
-        self.skips.append(Skip(where if isinstance(where, str) else where.name, reason))
+        self.skips.append(Skip(_name(where), reason))
 
     def note(self, sentence: str) -> None:
         """Record something about the whole graph that the user should read."""
         self.notes.append(sentence)
+
+
+def _name(where: gs.Node | gs.Tensor | str) -> str:
+    return where if isinstance(where, str) else str(where.name)
 
 
 class PassFunction(Protocol):

@@ -55,9 +55,9 @@ def _in_scope(
         for mine, other in zip(node.outputs, twin.outputs, strict=True):
             for user in list(mine.outputs):
                 replace_input(user, mine, other)
-        ctx.changed(node.name)
         node.inputs.clear()
         node.outputs.clear()
+        ctx.changed(node)
     scope.nodes = kept
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import remove_dead
@@ -40,10 +42,9 @@ def drop_dead_prefix(graph: gs.Graph, ctx: PassContext) -> None:
         dropped += Shrinker(graph, ctx, live).run()
         sort_graph(graph)
         remove_dead(graph)
-        for name in dropped:
-            ctx.changed(name)
         if not dropped:
             break
+        ctx.changed(*dropped)
     for name, reason in live.skips.items():
         ctx.skip(name, reason)
     for name in _drop_open_masks(graph, ctx):
@@ -52,11 +53,10 @@ def drop_dead_prefix(graph: gs.Graph, ctx: PassContext) -> None:
         ctx.skip("graph", "all that it computes is needed")
 
 
-def _drop_open_masks(graph: gs.Graph, ctx: PassContext) -> list[str]:
-    """Take out masks that are known to let everything through; the names of their nodes."""
+def _drop_open_masks(graph: gs.Graph, ctx: PassContext) -> Iterator[str]:
+    """Take out masks that are known to let everything through; the name of each one's node, once it is out."""
     known, returned = Known(graph), output_ids(graph)
     editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
-    dropped = []
     for attention in find_attention(graph)[0]:
         mask = find_mask(attention, known)
         if not isinstance(mask, Mask) or not mask.lets_all_through:
@@ -64,5 +64,4 @@ def _drop_open_masks(graph: gs.Graph, ctx: PassContext) -> list[str]:
         logits, masked = mask.node.inputs[mask.logits], mask.node.outputs[0]
         if static_shape(logits) == static_shape(masked) and id(masked) not in returned:
             editors[id(attention.scope)].replace_uses(masked, logits)
-            dropped.append(mask.node.name)
-    return dropped
+            yield mask.node.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -35,8 +36,8 @@ class _Known:
     roots: dict[int, int] = field(default_factory=dict)
 
 
-def fold_constants(graph: gs.Graph) -> list[str]:
-    """Replace what depends on constants alone by its value, in every scope; return the names of those tensors.
+def fold_constants(graph: gs.Graph) -> Iterator[str]:
+    """Replace what depends on constants alone by its value, in every scope; the name of each tensor, once replaced.
 
     A result is folded where it takes no more bytes than the constants that it comes from (or `SMALL_BYTES`), so
     that a bfloat16 weight with a Cast behind it stays bfloat16. A Cast, Transpose or reshape of one weight is
@@ -51,14 +52,14 @@ def fold_constants(graph: gs.Graph) -> list[str]:
     lazy = {id(tensor): weight for tensor in wanted if (weight := _moved(tensor)) is not None}
     rest = [tensor for tensor in wanted if id(tensor) not in lazy]
     lazy.update((id(tensor), InMemory(value)) for tensor, value in _evaluated(graph, rest))
-    wanted = [tensor for tensor in wanted if id(tensor) in lazy]
-    folded = [tensor.name for tensor in wanted]
     for tensor in wanted:
+        if id(tensor) not in lazy:
+            continue
         node = producer(tensor)
         assert node is not None
         node.outputs = [gs.Variable.empty() if output is tensor else output for output in node.outputs]
         tensor.to_constant(lazy[id(tensor)])
-    return folded
+        yield tensor.name
 
 
 def _evaluated(graph: gs.Graph, tensors: list[gs.Tensor]) -> list[tuple[gs.Tensor, Array]]:
@@ -140,12 +141,12 @@ def _moved(tensor: gs.Tensor) -> Weight | None:
     return None if shape is None else Reshaped(base, shape)
 
 
-def transpose_before_cast(graph: gs.Graph, editors: dict[int, Editor]) -> list[str]:
+def transpose_before_cast(graph: gs.Graph, editors: dict[int, Editor]) -> Iterator[str]:
     """Turn weight -> Cast -> Transpose into transposed weight -> Cast, where the weight has no other reader.
 
-    Afterwards the file holds each factor of a MatMul as the MatMul reads it, in the type of the checkpoint.
+    Gives the name of each weight, once it is turned. Afterwards the file holds each factor of a MatMul as the MatMul reads it, in the type of the checkpoint.
     """
-    turned, returned = [], output_ids(graph)
+    returned = output_ids(graph)
     for scope in scopes(graph):
         for node in list(scope.nodes):
             if node.op != "Transpose" or not node.inputs or id(node.outputs[0]) in returned:
@@ -164,5 +165,4 @@ def transpose_before_cast(graph: gs.Graph, editors: dict[int, Editor]) -> list[s
             weight._values = Transposed(weight_of(weight), perm)
             cast.outputs[0].shape = list(weight.shape)
             editors[id(scope)].replace_uses(node.outputs[0], cast.outputs[0])
-            turned.append(weight.name)
-    return turned
+            yield weight.name

@@ -58,8 +58,8 @@ def fuse_projections(graph: gs.Graph, ctx: PassContext, *, max_scale_ratio: floa
                 _common([linear.weight.name for linear in group.linears]),
                 Joined([_as_read(linear) for linear in group.linears], axis=1),
             )
-        ctx.changed(group.linears[0].node)
         _fuse(group, joined[group.key], editor)
+        ctx.changed(group.linears[0].node)
     if not groups:
         ctx.skip("graph", "no two linears in it read one tensor")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from pi05c.graph.ranges import Ranges, bounding_tensors
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import QDQ, constant, each_node
-from pi05c.passes.retype import CONTROL_FLOW, Retyper, remove_redundant_casts, takes
+from pi05c.passes.retype import CONTROL_FLOW, Retyper, others_than, remove_redundant_casts, takes
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 """Smallest positive number with the full significand (IEEE 754 binary16; bfloat16)."""
@@ -86,9 +87,31 @@ def lower_precision(
             ctx.skip(node, f"{node.op} has no {dtype} at opset {graph.opset}")
         else:
             low.append(node)
-    for node in Retyper(graph, ctx.names).run_in(low, dtype):
-        ctx.changed(node)
+    changing = {id(node) for node in others_than(low, dtype)}
+    groups = ctx.first(_with_casts(low), lambda group: any(id(node) in changing for node in group))
+    Retyper(graph, ctx.names).run_in(chain.from_iterable(groups), dtype)
     remove_redundant_casts(graph)
+    for group in groups:
+        if changed := [node for node in group if id(node) in changing]:
+            ctx.changed(*changed)
+
+
+def _with_casts(nodes: list[gs.Node]) -> list[list[gs.Node]]:
+    """Each node that is no Cast behind the Casts that it is the first to read, which are retyped for its sake."""
+    left = {id(node) for node in nodes if node.op == "Cast"}
+    groups = []
+    for node in nodes:
+        if node.op == "Cast":
+            continue
+        group, stack = [node], list(node.inputs)
+        while stack:
+            cast = producer(stack.pop())
+            if cast is not None and id(cast) in left:
+                left.remove(id(cast))
+                group.insert(0, cast)
+                stack.extend(cast.inputs)
+        groups.append(group)
+    return groups
 
 
 def _obstacle(node: gs.Node, ranges: Ranges, dtype: np.dtype[Any], headroom: float, stuck: set[int]) -> str:

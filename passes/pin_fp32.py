@@ -27,19 +27,19 @@ def pin_fp32(graph: gs.Graph, ctx: PassContext) -> None:
     cosine and sine that read it. Works on any graph in 16-bit precision, whoever made it.
     """
     regions = list(_regions(graph))
-    retyper = Retyper(graph, ctx.names)
-    nodes = {id(node): node for _, _, region in regions for node in region}
-    before = {identity for identity, node in nodes.items() if _is_low(node)}
-    retyper.run_in(nodes.values(), FLOAT32)
-    for kind, name, region in regions:
-        if any(id(node) in before for node in region):
-            ctx.changed(f"{kind} {name}")
-    remove_redundant_casts(graph)
     operators = attention_operators(graph)
     for node in operators:
         ctx.skip(node, "it is attention as one operator, whose softmax computes in the type that it chooses")
     if not regions and not operators:
         ctx.skip("graph", "it has no softmax, norm, RoPE, time path or flow accumulation")
+    low = {id(node) for _, _, region in regions for node in region if _is_low(node)}
+    pinned = ctx.first(regions, lambda region: any(id(node) in low for node in region[2]))
+    nodes = {id(node): node for _, _, region in pinned for node in region}
+    Retyper(graph, ctx.names).run_in(nodes.values(), FLOAT32)
+    remove_redundant_casts(graph)
+    for kind, name, region in pinned:
+        if any(id(node) in low for node in region):
+            ctx.changed(f"{kind} {name}")
 
 
 def _regions(graph: gs.Graph) -> Iterator[tuple[str, str, tuple[gs.Node, ...]]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from pi05c.graph.check import problems
@@ -15,26 +17,34 @@ from pi05c.graph.io import Model
 from pi05c.graph.opset import raise_opset
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.sort import sort_graph
-from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip
+from pi05c.passes.contract import REGISTRY, LimitReached, Pass, PassContext, Skip
 
 _ITEM = re.compile(r"(?P<minus>-?)(?P<name>\w+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
+LIMIT = "rewrite_limit"
+"""The option that every pass has beside its own: `name{rewrite_limit=3}` makes its first three rewrites only."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One pass with the options that were given for it."""
+    """One pass with the options that were given for it.
+
+    Attributes:
+        limit: after how many rewrites it is stopped, None for never.
+    """
 
     spec: Pass
     options: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
 
     @property
     def text(self) -> str:
         """The step as pipeline text."""
-        if not self.options:
+        options = self.options if self.limit is None else {**self.options, LIMIT: self.limit}
+        if not options:
             return self.spec.name
-        return (
-            f"{self.spec.name}{{{','.join(f'{key}={_spell(value)}' for key, value in self.options.items())}}}"
-        )
+        return f"{self.spec.name}{{{','.join(f'{key}={_spell(value)}' for key, value in options.items())}}}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class StepResult:
     """What one pass did.
 
     Attributes:
-        changes: names of the nodes or tensors that were rewritten.
+        rewrites: the names of the nodes or tensors that each rewrite changed, in order.
         skips: places left alone, with the reason.
         notes: sentences about the whole graph.
         seconds: wall-clock time of the pass itself.
@@ -50,12 +60,17 @@ class StepResult:
     """
 
     step: Step
-    changes: tuple[str, ...]
+    rewrites: tuple[tuple[str, ...], ...]
     skips: tuple[Skip, ...]
     notes: tuple[str, ...]
     seconds: float
     nodes_before: int
     nodes_after: int
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What `rewrites` holds, one after the other."""
+        return tuple(chain.from_iterable(self.rewrites))
 
 
 Calibrate = Callable[[Model, Sequence[str]], Ranges | None]
@@ -94,7 +109,9 @@ def parse(text: str, presets: dict[str, tuple[str, ...]]) -> tuple[Step, ...]:
                 raise UsageError(f"--passes takes out {name!r}, which is not in the list before it")
             steps = [step for step in steps if step.spec.name != name]
             continue
-        step = Step(REGISTRY[name], REGISTRY[name].parse_options(dict(_options(options or "", item))))
+        texts = dict(_options(options or "", item))
+        limit = _limit(name, texts.pop(LIMIT, None))
+        step = Step(REGISTRY[name], REGISTRY[name].parse_options(texts), limit)
         if places and options is not None:
             steps[places[-1]] = step
         else:
@@ -147,18 +164,20 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
     if spec.min_opset:
         raise_opset(model, spec.min_opset)
     before = _node_count(model)
-    ctx = PassContext(Names(model.graph), ranges, model.metadata)
+    ctx = PassContext(Names(model.graph), ranges, model.metadata, step.limit)
     start = time.perf_counter()
-    spec.function(model.graph, ctx, **step.options)
+    if step.limit != 0:
+        with contextlib.suppress(LimitReached):
+            spec.function(model.graph, ctx, **step.options)
     sort_graph(model.graph)
     remove_dead(model.graph)
     seconds = time.perf_counter() - start
-    if ctx.changes:
+    if ctx.rewrites:
         found = problems(model)
         if found:
             raise Pi05cError(f"pass {spec.name} left a graph that is not valid: {found[0]}")
     return StepResult(
-        step, tuple(ctx.changes), tuple(ctx.skips), tuple(ctx.notes), seconds, before, _node_count(model)
+        step, tuple(ctx.rewrites), tuple(ctx.skips), tuple(ctx.notes), seconds, before, _node_count(model)
     )
 
 
@@ -183,6 +202,14 @@ def _items(text: str) -> Iterator[str]:
         else:
             item += character
     yield item.strip()
+
+
+def _limit(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"option {LIMIT}={text!r} of pass {name} is not usable: give a number from 0 on")
+    return int(text)
 
 
 def _options(text: str, item: str) -> Iterator[tuple[str, str]]:

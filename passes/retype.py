@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -44,42 +44,31 @@ class Retyper:
         is always read as it is stored. A float output keeps its type for readers outside by a Cast. A Cast of
         `nodes` that none of them reads stands at the border already, and stays.
         """
-        nodes = _without_borders([node for node in nodes if node.op not in CONTROL_FLOW])
+        nodes = _without_borders(nodes)
+        changing = others_than(nodes, dtype)
         inside = {id(node) for node in nodes}
         dtype = to_numpy(dtype)
-        return [
-            node
-            for node in nodes
-            if self._retype_inputs(node, inside, dtype) | self._retype_outputs(node, inside, dtype)
-        ]
+        for node in nodes:
+            self._retype_inputs(node, inside, dtype)
+            self._retype_outputs(node, inside, dtype)
+        return changing
 
-    def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> bool:
-        changed = False
-        fixed = FIXED_INPUTS.get(node.op, ())
-        for index, tensor in enumerate(list(node.inputs)):
-            if index in fixed or not tensor.name or not is_float(tensor.dtype) or node.op == "Cast":
-                continue
-            above = producer(tensor)
-            if above is not None and id(above) in inside:
-                continue
+    def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
+        for index, tensor in _entering(node, inside):
             source = self._before_casts(tensor, dtype)
             if to_numpy(source.dtype) != dtype:
                 scope = self._scope_of.get(id(source), self._scope_of[id(node)])
                 source = self._cast(source, dtype, scope)
             if source is not tensor:
                 node.inputs[index] = source
-                changed = changed or to_numpy(tensor.dtype) != dtype
-        return changed
 
-    def _retype_outputs(self, node: gs.Node, inside: set[int], dtype: Any) -> bool:
-        changed = False
+    def _retype_outputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
         for index, tensor in enumerate(list(node.outputs)):
             before = to_numpy(tensor.dtype)
             if not tensor.name or not is_float(before) or before == dtype:
                 continue
             if node.op == "Cast":
                 node.attrs["to"] = to_onnx(dtype)
-            changed = True
             outside = [
                 user
                 for user in tensor.outputs
@@ -94,7 +83,6 @@ class Retyper:
                     replace_input(user, tensor, cast)
             else:
                 tensor.dtype = dtype
-        return changed
 
     def _keep_output(
         self, node: gs.Node, index: int, tensor: gs.Variable, inside: set[int], dtype: Any
@@ -153,8 +141,40 @@ def takes(node: gs.Node, dtype: Any, opset: int) -> bool:
     return True
 
 
-def _without_borders(nodes: list[gs.Node]) -> list[gs.Node]:
-    """`nodes` without the Casts whose readers are all elsewhere."""
+def others_than(nodes: Iterable[gs.Node], dtype: Any) -> list[gs.Node]:
+    """Those of `nodes` that `Retyper.run_in` would change, if it made all of them compute in `dtype`."""
+    nodes = _without_borders(nodes)
+    inside = {id(node) for node in nodes}
+    dtype = to_numpy(dtype)
+    return [
+        node
+        for node in nodes
+        if any(to_numpy(tensor.dtype) != dtype for _, tensor in _entering(node, inside))
+        or any(
+            tensor.name and is_float(tensor.dtype) and to_numpy(tensor.dtype) != dtype
+            for tensor in node.outputs
+        )
+    ]
+
+
+def _entering(node: gs.Node, inside: set[int]) -> list[tuple[int, gs.Tensor]]:
+    """The float inputs that a node of a set reads from outside the set, where its operator leaves their type open."""
+    if node.op == "Cast":
+        return []
+    fixed = FIXED_INPUTS.get(node.op, ())
+    return [
+        (index, tensor)
+        for index, tensor in enumerate(node.inputs)
+        if index not in fixed
+        and tensor.name
+        and is_float(tensor.dtype)
+        and id(producer(tensor)) not in inside
+    ]
+
+
+def _without_borders(nodes: Iterable[gs.Node]) -> list[gs.Node]:
+    """`nodes` without control flow, and without the Casts whose readers are all elsewhere."""
+    nodes = [node for node in nodes if node.op not in CONTROL_FLOW]
     inside = {id(node) for node in nodes}
     for node in reversed(nodes):
         if node.op == "Cast" and not any(id(user) in inside for user in node.outputs[0].outputs):
@@ -169,12 +189,17 @@ def _reads_fixed(node: gs.Node, tensor: gs.Tensor) -> bool:
     )
 
 
-def remove_redundant_casts(graph: gs.Graph) -> int:
-    """Bypass Casts that change nothing, and pairs of which the second undoes an exact first; return how many.
+def remove_redundant_casts(graph: gs.Graph) -> None:
+    """Bypass Casts that change nothing, and pairs of which the second undoes an exact first.
 
     float16 -> float32 -> float16 is exact; float32 -> float16 -> float32 rounds and stays.
     """
-    removed = 0
+    for _ in each_redundant_cast(graph):
+        pass
+
+
+def each_redundant_cast(graph: gs.Graph) -> Iterator[gs.Node]:
+    """As `remove_redundant_casts`; each Cast is given as soon as it is bypassed."""
     for scope in scopes(graph):
         outputs = {id(tensor) for tensor in scope.outputs}
         for node in scope.nodes:
@@ -185,28 +210,28 @@ def remove_redundant_casts(graph: gs.Graph) -> int:
             if above is not None and above.op == "Cast" and _widens(above.inputs[0].dtype, source.dtype):
                 source = above.inputs[0]
             if to_numpy(source.dtype) == target and id(node.outputs[0]) in outputs:
-                removed += _make_output(node, source, outputs)
+                if _make_output(node, source, outputs):
+                    yield node
             elif to_numpy(source.dtype) == target:
                 for user in list(node.outputs[0].outputs):
                     replace_input(user, node.outputs[0], source)
-                removed += 1
+                yield node
             elif source is not node.inputs[0]:
                 node.inputs[0] = source
-                removed += 1
-    return removed
+                yield node
 
 
-def _make_output(cast: gs.Node, source: gs.Tensor, outputs: set[int]) -> int:
-    """Let the producer of `source` make the graph output that a Cast without effect makes of it; 1 if it could."""
+def _make_output(cast: gs.Node, source: gs.Tensor, outputs: set[int]) -> bool:
+    """Let the producer of `source` make the graph output that a Cast without effect makes of it, if it can."""
     above, output = producer(source), cast.outputs[0]
     if above is None or id(source) in outputs:
-        return 0
+        return False
     cast.inputs.clear()
     cast.outputs.clear()
     above.outputs = [output if tensor is source else tensor for tensor in above.outputs]
     for user in list(source.outputs):
         replace_input(user, source, output)
-    return 1
+    return True
 
 
 def _widens(narrow: Any, wide: Any) -> bool:
