@@ -22,6 +22,7 @@ from pi05c.building import (
 )
 from pi05c.calibration import cached_ranges
 from pi05c.comparison import Comparison, compare
+from pi05c.fitting import fitting, planned_inputs
 from pi05c.folder import (
     GRAPH,
     PLAN,
@@ -37,7 +38,7 @@ from pi05c.graph.errors import BuildError, Pi05cError, VerificationError
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.runner import Array
-from pi05c.inspection import data_files, source_of, tensor_records
+from pi05c.inspection import data_files, source_of, tensor_records, with_fixed
 from pi05c.manifest import (
     FORMAT,
     CalibrationRecord,
@@ -130,8 +131,15 @@ def compile(
         check_output(output, inputs=[path, *data_files(plain), *given])
         inputs, outputs = tensor_records(plain.graph.inputs), tensor_records(plain.graph.outputs)
         refuse_without_profile(builder, inputs)
-        samples = find_samples(plain, calibration)
+        fixed = planned_inputs(plain, steps)
+        found = find_samples(plain, calibration)
+        samples = None if found is None else fitting(found, fixed)
         source = source_of(plain)
+    if found is not None and samples is not None and len(samples) < len(found):
+        progress.warn(
+            f"{len(found) - len(samples)} of {len(found)} samples do not fit what the graph is specialized for and are "
+            "left out"
+        )
     measured, held_back = split(samples) if samples is not None else (None, None)
     if samples is not None and samples.synthetic:
         progress.warn(
@@ -143,10 +151,11 @@ def compile(
 
     calibrated = False
     with scratch(output) as work:
-        reference = _run_all(path, held_back, progress, "run the plain graph")
+        reference = _run_all(path, _fed(plain, held_back), progress, "run the plain graph")
 
         def calibrate(current: Model, tensors: Sequence[str]) -> Ranges | None:
-            if measured is None:
+            fed = _fed(current, measured)
+            if fed is None:
                 return None
             nonlocal calibrated
             calibrated = True
@@ -154,7 +163,7 @@ def compile(
                 return cached_ranges(
                     current,
                     tensors,
-                    measured,
+                    fed,
                     cache,
                     scratch=work.folder,
                     progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
@@ -181,7 +190,7 @@ def compile(
         limit = max_error
         if limit is None:
             limit = default_limit(precision, weights_random=source.weights_random)
-        simulated = _run_all(work.folder / GRAPH, held_back, progress, "run the rewritten graph")
+        simulated = _run_all(work.folder / GRAPH, _fed(plain, held_back), progress, "run the rewritten graph")
         verification = None
         if held_back is not None:
             verification = verification_record(compare(reference, simulated), limit)
@@ -202,7 +211,7 @@ def compile(
                 resolved=",".join(step.text for step in steps),
                 passes=[_pass_record(result) for result in results],
             ),
-            inputs=inputs,
+            inputs=with_fixed(inputs, fixed),
             outputs=outputs,
             precision=precision,
             calibration=_calibration_record(samples, measured) if calibrated else None,
@@ -242,6 +251,11 @@ def verification_record(comparison: Comparison, limit: float) -> VerificationRec
             for error in comparison.errors
         ],
     )
+
+
+def _fed(model: Model, samples: Samples | None) -> Samples | None:
+    """The samples without what is no input of the model."""
+    return None if samples is None else samples.only(tensor.name for tensor in model.graph.inputs)
 
 
 def _run_all(path: Path, samples: Samples | None, progress: Progress, title: str) -> Outputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from pi05c.folder import GRAPH
-from pi05c.graph.dtypes import name_of
+from pi05c.graph.dtypes import BOOL, name_of
 from pi05c.graph.io import Model, load, scopes
+from pi05c.graph.specialization import FixedInput, fixed_inputs
 from pi05c.graph.weights import weight_of
 from pi05c.manifest import Manifest, PrecisionRecord, SourceRecord, TensorRecord, read_manifest, sha256
 from pi05c.precision import precision_of
@@ -81,7 +83,9 @@ def inspect(path: Path | str) -> Inspection:
         operators=dict(
             Counter(node.op for scope in scopes(model.graph) for node in scope.nodes).most_common()
         ),
-        inputs=manifest.inputs if manifest else tensor_records(model.graph.inputs),
+        inputs=manifest.inputs
+        if manifest
+        else with_fixed(tensor_records(model.graph.inputs), fixed_inputs(model.metadata)),
         outputs=manifest.outputs if manifest else tensor_records(model.graph.outputs),
         weights=weight_totals(model.graph),
         precision=precision_of(model.graph),
@@ -101,6 +105,18 @@ def tensor_records(tensors: list[gs.Tensor]) -> list[TensorRecord]:
         )
         for tensor in tensors
     ]
+
+
+def with_fixed(records: Sequence[TensorRecord], fixed: Sequence[FixedInput]) -> list[TensorRecord]:
+    """Records of inputs with the values that are fixed, and records of inputs that left the graph for it."""
+    values = {entry.name: list(entry.values) for entry in fixed}
+    known = {record.name for record in records}
+    gone = [
+        TensorRecord(name=entry.name, dtype=name_of(BOOL), shape=list(entry.shape))
+        for entry in fixed
+        if entry.name not in known
+    ]
+    return [record.model_copy(update={"fixed": values.get(record.name)}) for record in (*records, *gone)]
 
 
 def weight_totals(graph: gs.Graph) -> list[WeightTotal]:

@@ -44,7 +44,9 @@ class FileRecord(_Record):
 class TensorRecord(_Record):
     """An input or output: `shape` holds sizes, and names where a dimension may vary.
 
-    `low` and `high` are the smallest and largest value seen over all samples; None where none were run.
+    `low` and `high` are the smallest and largest value seen over all samples; None where none were run. `fixed` holds
+    the values for which the graph was specialized, in row-major order, None for an element that the caller gives; an
+    input of which all elements are fixed is not fed.
     """
 
     name: str
@@ -52,6 +54,20 @@ class TensorRecord(_Record):
     shape: list[int | str]
     low: float | None = None
     high: float | None = None
+    fixed: list[bool | None] | None = None
+
+    @property
+    def fed(self) -> bool:
+        """Whether an input is to be fed."""
+        return self.fixed is None or None in self.fixed
+
+    @property
+    def contract(self) -> str:
+        """What must be known of an input beside its type, in a phrase; empty for most."""
+        if self.fixed is None:
+            return ""
+        values = ",".join("*" if value is None else str(int(value)) for value in self.fixed)
+        return f"fixed to {values}" + (" (* is given)" if self.fed else ", not fed")
 
 
 class SourceRecord(_Record):

@@ -19,10 +19,11 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from pi05c.backend.signature import TensorSpec, check_inputs
-from pi05c.graph.dtypes import to_numpy
+from pi05c.graph.dtypes import BOOL, to_numpy
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
 from pi05c.graph.runner import Array
+from pi05c.graph.specialization import fixed_inputs
 
 SYNTHETIC = "synthetic"
 """Entry of an .npz file that marks made-up data, and the word that accepts it on the command line."""
@@ -71,8 +72,11 @@ class Samples(Sequence[dict[str, Array]]):
         synthetic: whether any of them was made up and not recorded.
     """
 
-    def __init__(self, samples: Iterable[_Sample], source: str, synthetic: bool) -> None:
+    def __init__(
+        self, samples: Iterable[_Sample], source: str, synthetic: bool, names: frozenset[str] | None = None
+    ) -> None:
         self._samples = tuple(samples)
+        self._names = names
         self.source = source
         self.synthetic = synthetic
 
@@ -98,14 +102,25 @@ class Samples(Sequence[dict[str, Array]]):
 
     def __getitem__(self, index: int | slice) -> dict[str, Array] | Samples:
         if isinstance(index, slice):
-            return Samples(self._samples[index], self.source, self.synthetic)
+            return Samples(self._samples[index], self.source, self.synthetic, self._names)
         sample = self._samples[index]
         if sample.arrays is not None:
-            return dict(sample.arrays)
+            return {name: sample.arrays[name] for name in self._wanted(sample.arrays)}
         assert sample.path is not None
         arrays = _open(sample.path)
-        names = [name for name in arrays if name != SYNTHETIC]
-        return {name: np.array(arrays[name][... if sample.row is None else sample.row]) for name in names}
+        row = ... if sample.row is None else sample.row
+        return {name: np.array(arrays[name][row]) for name in self._wanted(arrays)}
+
+    def _wanted(self, arrays: Mapping[str, Array]) -> list[str]:
+        return [name for name in arrays if name != SYNTHETIC and (self._names is None or name in self._names)]
+
+    def only(self, names: Iterable[str]) -> Samples:
+        """The same samples without other arrays than those named."""
+        return Samples(self._samples, self.source, self.synthetic, frozenset(names))
+
+    def at(self, indices: Iterable[int]) -> Samples:
+        """Some of the samples."""
+        return Samples([self._samples[index] for index in indices], self.source, self.synthetic, self._names)
 
     @property
     def sha256(self) -> str:
@@ -132,6 +147,16 @@ def input_specs(model: Model) -> tuple[TensorSpec, ...]:
             )
         specs.append(TensorSpec(tensor.name, dtype, tuple(tensor.shape)))
     return tuple(specs)
+
+
+def fixed_specs(model: Model) -> tuple[TensorSpec, ...]:
+    """Names, types and shapes of what were inputs of a model before it was specialized."""
+    inputs = {tensor.name for tensor in model.graph.inputs}
+    return tuple(
+        TensorSpec(fixed.name, BOOL, fixed.shape)
+        for fixed in fixed_inputs(model.metadata)
+        if fixed.name not in inputs
+    )
 
 
 def load_samples(
@@ -176,7 +201,7 @@ def find_samples(model: Model, calibration: Sequence[str | Path] = ()) -> Sample
             f"--calibration {SYNTHETIC} stands beside files: name the files alone, those of made-up data too"
         )
     if calibration and not by_name:
-        return load_samples([Path(item) for item in calibration], input_specs(model))
+        return load_samples([Path(item) for item in calibration], input_specs(model), fixed_specs(model))
     if sidecar is None or not sidecar.is_file():
         if by_name:
             where = "the model was not loaded from a file" if sidecar is None else f"there is no {sidecar}"
@@ -185,7 +210,7 @@ def find_samples(model: Model, calibration: Sequence[str | Path] = ()) -> Sample
                 "FILE.npz, or export the model with pi05c, which writes them"
             )
         return None
-    samples = load_samples([sidecar], input_specs(model))
+    samples = load_samples([sidecar], input_specs(model), fixed_specs(model))
     if samples.synthetic and not by_name and model.metadata.get(WEIGHTS_KEY) != RANDOM_WEIGHTS:
         raise Pi05cError(
             f"{sidecar} holds made-up data and the weights of the model are not random, so ranges measured on it "
@@ -389,6 +414,7 @@ __all__ = [
     "WAYS_TO_GIVE_SAMPLES",
     "Samples",
     "find_samples",
+    "fixed_specs",
     "input_specs",
     "load_samples",
     "save_samples",

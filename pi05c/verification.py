@@ -12,15 +12,17 @@ from pi05c.backend.signature import TensorSpec
 from pi05c.backend.targets import Flavour
 from pi05c.backend.tensorrt import load_engine
 from pi05c.comparison import Comparison, compare
+from pi05c.fitting import refuse_unfit
 from pi05c.folder import GRAPH, PLAN, SAMPLES
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
 from pi05c.graph.runner import Array, Runner
+from pi05c.graph.specialization import fixed_inputs
 from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.precision import default_limit, refuse_limit
 from pi05c.progress import Progress, Update
-from pi05c.samples import Samples, input_specs, load_samples, save_samples
+from pi05c.samples import Samples, fixed_specs, input_specs, load_samples, save_samples
 
 ENGINE = "the engine on its GPU"
 SIMULATION = "its graph in onnxruntime"
@@ -82,10 +84,13 @@ def run(
                 raise
             progress.warn(str(error))
     graph = path / GRAPH if path.is_dir() else path
-    samples = load_samples([Path(inputs)], input_specs(load(graph)))
+    model = load(graph)
+    specs = input_specs(model)
+    samples = load_samples([Path(inputs)], specs, fixed_specs(model))
+    refuse_unfit(samples, fixed_inputs(model.metadata))
     ran = SIMULATION if engine is None else ENGINE
     with progress.stage(f"run {ran}") as update:
-        results = _results(engine or load_runner(graph), samples, (), update)
+        results = _results(engine or load_runner(graph), samples, specs, update)
     save_samples(output, results)
     return RunResult(ran, output, len(samples))
 
@@ -122,18 +127,20 @@ def verify(
         )
     model = load(folder / GRAPH)
     wanted = [_spec(record.name, record.dtype, record.shape) for record in manifest.outputs]
-    found = load_samples([path], input_specs(model), wanted)
+    specs = input_specs(model)
+    found = load_samples([path], specs, [*wanted, *fixed_specs(model)])
+    refuse_unfit(found, fixed_inputs(model.metadata))
     names = [spec.name for spec in wanted]
     reference = [{name: sample[name] for name in names if name in sample} for sample in found]
     if not all(reference):
         raise Pi05cError(f"{path} holds no reference outputs ({', '.join(names)}): give samples that do")
     with progress.stage(f"run {SIMULATION}") as update:
-        simulated = compare(reference, _results(load_runner(folder / GRAPH), found, names, update))
+        simulated = compare(reference, _results(load_runner(folder / GRAPH), found, specs, update))
     engine, reason = _engine(folder, manifest)
     measured = None
     if engine is not None:
         with progress.stage(f"run {ENGINE}") as update:
-            measured = compare(reference, _results(engine, found, names, update))
+            measured = compare(reference, _results(engine, found, specs, update))
     if max_error is None:
         compiled = manifest.verification
         max_error = compiled.limit if compiled is not None else default_limit(manifest.precision)
@@ -141,14 +148,13 @@ def verify(
 
 
 def _results(
-    runner: Runner, samples: Samples, outputs: Sequence[str], update: Update
+    runner: Runner, samples: Samples, inputs: Sequence[TensorSpec], update: Update
 ) -> list[dict[str, Array]]:
-    """The outputs for each sample, of which `outputs` are references and not fed."""
+    """The outputs for each sample, of which `inputs` are fed: references and fixed inputs are not."""
     results = []
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(samples.only(spec.name for spec in inputs)):
         update(index / len(samples), f"sample {index + 1} of {len(samples)}")
-        inputs = {name: array for name, array in sample.items() if name not in outputs}
-        results.append(dict(runner.run(inputs)))
+        results.append(dict(runner.run(sample)))
     return results
 
 

@@ -52,7 +52,8 @@ def inspect(
     for role, records in (("input", found.inputs), ("output", found.outputs)):
         for record in records:
             shape = ",".join(map(str, record.shape))
-            screen.print(f"  {role:6} {record.name}: {record.dtype}[{shape}]", markup=False)
+            contract = f", {record.contract}" if record.contract else ""
+            screen.print(f"  {role:6} {record.name}: {record.dtype}[{shape}]{contract}", markup=False)
     for total in found.weights:
         screen.print(
             f"  {total.tensors:,} weights in {total.dtype}: {total.bytes / 1e6:,.1f} MB", markup=False

@@ -51,20 +51,6 @@ class FixedInput:
                 )
         return None
 
-    def check(self, array: Array) -> None:
-        """Refuse an array that is not what the graph was specialized for.
-
-        Raises:
-            Pi05cError: names the input, the value and the remedy.
-        """
-        if np.shape(array) != self.shape or np.asarray(array).dtype != np.bool_:
-            raise Pi05cError(
-                f"input {self.name!r} is {np.asarray(array).dtype}{list(np.shape(array))}, but the graph was "
-                f"specialized for a mask of bool{list(self.shape)}: give one of that shape, or leave the input out"
-            )
-        if reason := self.obstacle(array):
-            raise Pi05cError(reason)
-
 
 def fixed_inputs(metadata: Mapping[str, str]) -> tuple[FixedInput, ...]:
     """The fixed inputs of a model by its metadata.
