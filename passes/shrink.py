@@ -125,8 +125,8 @@ class Shrinker:
         size = self._sizes(tensor, self._live.made(tensor))
         runs = {axis: place for axis, place in places.items() if place[-1] - place[0] == len(place) - 1}
         for axis, place in places.items():
-            size[axis] = sizes[axis]
             if axis not in runs:
+                size[axis] = sizes[axis]
                 index = editor.constant(f"{name}.indices", place.astype(np.int64))
                 tensor = editor.add(
                     "Gather", [tensor, index], name, dtype=tensor.dtype, shape=size, attrs={"axis": axis}

@@ -90,12 +90,12 @@ def live_keys(attention: Attention, mask: Mask, queries: Array | None) -> Array 
     if mask.elements.high.ndim == 0 or mask.elements.high.shape[-1] != shape[-1]:
         return "its mask is the same for all keys"
     rows = _Rows.of(mask.elements, queries)
-    dead = rows.dead
-    gone = dead.all(axis=0)
+    gone = rows.dead.all(axis=0)
     if not gone.any():
-        if dead.any() and not rows.reference.all():
+        closed = rows.closed
+        if closed.all(axis=0).any():
             return "a row of its mask may leave out every key"
-        return "its mask leaves out other keys for each head or row" if dead.any() else ALL_SEEN
+        return "its mask leaves out other keys for each head or row" if closed.any() else ALL_SEEN
     result = np.full(shape[-1], ALWAYS, np.int64)
     for candidates in rows.candidates:
         result = np.where((result == ALWAYS) & rows.needed_on(candidates), candidates, result)
@@ -145,16 +145,19 @@ class _Rows:
         return np.asarray(np.max(sure, axis=1, keepdims=True))
 
     @property
-    def reference(self) -> Array:
-        """[rows]: whether some key is sure to be let through."""
-        return np.isfinite(self.highest[:, 0])
+    def dead(self) -> Array:
+        """[rows, keys]: whether a key has no weight in a row, since another is sure to be let through."""
+        return self._below(self.highest)
 
     @property
-    def dead(self) -> Array:
-        """[rows, keys]: whether a key has no weight in a row, whatever the conditions are."""
+    def closed(self) -> Array:
+        """[rows, keys]: whether a key is left out in any run, though its row may leave out all."""
+        return self._below(self.high.max(initial=-np.inf))
+
+    def _below(self, reference: Array) -> Array:
         worst = np.where(self.certain, self.high, np.maximum(self.high, self.low))
         with np.errstate(invalid="ignore"):
-            beyond: Array = self.highest - worst >= BEYOND_LOGITS
+            beyond: Array = reference - worst >= BEYOND_LOGITS
         return self.known & beyond
 
     @property

@@ -418,3 +418,35 @@ def policy(style: Style) -> onnx.ModelProto:
     }}"""
     model = graph_text(text, w.weights, opset=s.opset)
     return renamed(model, lambda name: "/" + name.replace("_", "/", 1) + "_output_0") if s.slashes else model
+
+
+def last_layer(style: Style, rows: int) -> onnx.ModelProto:
+    """A language layer run on all positions, of which the last `rows` are returned, and all keys and values."""
+    w, s = _Writer(style), style
+    shape = (s.batch, s.prefix, s.width)
+    mask = w.mask(w.op("Unsqueeze", "valid", w.integers(1, 2)))
+    cos, sin = w.angles("positions")
+    normed = w.rms_norm("x", "input_norm")
+    q, k, v = (
+        w.heads(w.linear(normed, name, s.width, heads * HEAD, shape), s.prefix, heads, s.batch)
+        for name, heads in (("q_proj", s.heads), ("k_proj", s.kv_heads), ("v_proj", s.kv_heads))
+    )
+    k = w.rotate(k, cos, sin)
+    keys, values = w.repeated(k, s.prefix), w.repeated(v, s.prefix)
+    mixed = w.attention(w.rotate(q, cos, sin), keys, values, mask, s.prefix, s.batch)
+    x = w.op("Add", "x", w.linear(mixed, "o_proj", s.heads * HEAD, s.width, (*shape[:-1], s.heads * HEAD)))
+    x = w.op("Add", x, w.gated_mlp(w.rms_norm(x, "post_norm"), "mlp", shape))
+    x = w.rms_norm(x, "final_norm")
+    w.lines += [
+        f"y = Slice({x}, {w.integers(s.prefix - rows)}, {w.integers(s.prefix)}, {w.integers(1)})",
+        f"keys = Identity({k})",
+        f"values = Identity({v})",
+    ]
+    body = "\n".join(w.lines)
+    heads = f"{s.dtype}[{s.batch},{s.kv_heads},{s.prefix},{HEAD}]"
+    text = f"""
+    layer ({s.dtype}[{s.batch},{s.prefix},{s.width}] x, bool[{s.batch},{s.prefix}] valid,
+      int64[{s.batch},{s.prefix}] positions) => ({s.dtype}[{s.batch},{rows},{s.width}] y, {heads} keys, {heads} values) {{
+      {body}
+    }}"""
+    return graph_text(text, w.weights, opset=s.opset)
