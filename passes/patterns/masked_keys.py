@@ -114,6 +114,8 @@ class _Rows:
     second: Array
     assumed: Array
     """[rows, 1]: the condition on which the row is needed, or `NO_CONDITION`."""
+    candidates: tuple[Array, Array]
+    """[keys] each: the conditions that a key has in one of the rows."""
 
     @classmethod
     def of(cls, elements: Elements, queries: Array | None) -> _Rows:
@@ -130,13 +132,14 @@ class _Rows:
             part.reshape(-1, keys)[kept] for part in (known, high, low, first, second)
         )
         high, low = high.astype(np.float64), low.astype(np.float64)
+        candidates = (first[0], second[0])
         first, second = (
             np.where((part == assumed) & (assumed != NO_CONDITION), NO_CONDITION, part)
             for part in (first, second)
         )
         unconditional = (first == NO_CONDITION) & (second == NO_CONDITION)
         certain = known & (unconditional | (high == low))
-        return cls(certain, known, high, low, first, second, assumed)
+        return cls(certain, known, high, low, first, second, assumed, candidates)
 
     @property
     def highest(self) -> Array:
@@ -159,12 +162,6 @@ class _Rows:
         with np.errstate(invalid="ignore"):
             beyond: Array = reference - worst >= BEYOND_LOGITS
         return self.known & beyond
-
-    @property
-    def candidates(self) -> list[Array]:
-        """[keys] twice: conditions that one of the rows, best one without an assumption, has for each key."""
-        row = int(np.argmin(self.assumed[:, 0] != NO_CONDITION))
-        return [self.first[row], self.second[row]]
 
     def needed_on(self, conditions: Array) -> Array:
         """[keys]: whether, where a key's condition is false, it has no weight in any row that is then needed."""
