@@ -22,6 +22,7 @@ from pi05c.graph.weights import (
     Quantized,
     Reshaped,
     Scaled,
+    Selected,
     Stored,
     Transposed,
     Weight,
@@ -40,6 +41,8 @@ CHAINS: dict[str, tuple[Callable[[Weight], Weight], Callable[[Array], npt.NDArra
     "transposed": (lambda w: Transposed(w, (2, 0, 1)), lambda a: a.transpose(2, 0, 1)),
     "reshaped": (lambda w: Reshaped(w, (24, 24)), lambda a: a.reshape(24, 24)),
     "joined": (lambda w: Joined([w, w], 1), lambda a: np.concatenate([a, a], 1)),
+    "selected": (lambda w: Selected(w, 0, [7, 2, 2, 11]), lambda a: a[[7, 2, 2, 11]]),
+    "selected columns": (lambda w: Selected(w, 2, range(3, 6)), lambda a: a[..., 3:]),
     "scaled": (lambda w: Scaled(w, FACTOR), lambda a: a * FACTOR),
     "cast": (lambda w: Cast(w, ml_dtypes.bfloat16), lambda a: a.astype(ml_dtypes.bfloat16)),
     "quantized": (

@@ -25,7 +25,9 @@ from pi05c.graph.io import Model, scopes
 
 STYLES = {
     "matmul": Style(),
-    "two dimensions, tile, batch 2": Style(linear="gemm", repeat="tile", batch=2, heads=4, kv_heads=2, mask="where"),
+    "two dimensions, tile, batch 2": Style(
+        linear="gemm", repeat="tile", batch=2, heads=4, kv_heads=2, mask="where"
+    ),
     "broadcast heads, scaled queries": Style(repeat="broadcast", scale="query", rope="parts"),
     "transposed weights": Style(linear="transposed", scale="div"),
     "opset 23 operators": Style(opset=23, operators=True),

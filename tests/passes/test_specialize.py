@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from pass_graphs import editable, fitted, graph_text, outputs_of, relative_error, run_pass, run_passes, text_of
+from pass_graphs import (
+    editable,
+    fitted,
+    graph_text,
+    outputs_of,
+    relative_error,
+    run_pass,
+    run_passes,
+    text_of,
+)
 
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load, scopes
@@ -160,9 +169,17 @@ def _masks() -> onnx.ModelProto:
         ({"views": "0,0,0"}, UsageError, "at least one 1"),
         ({"prompt": "5"}, UsageError, "option prompt=5 .* between 1 and 4"),
         ({"prompt": "-1"}, UsageError, "option prompt=-1 .* between 1 and 4"),
-        ({"views": "1,1,0", "image_mask": "cameras"}, Pi05cError, "no input 'cameras' .* option image_mask=NAME"),
+        (
+            {"views": "1,1,0", "image_mask": "cameras"},
+            Pi05cError,
+            "no input 'cameras' .* option image_mask=NAME",
+        ),
         ({"prompt": "2", "prompt_mask": "text"}, Pi05cError, "no input 'text' .* option prompt_mask=NAME"),
-        ({"prompt": "1", "prompt_mask": "x"}, Pi05cError, "'x' is no mask of type bool .* option prompt_mask=NAME"),
+        (
+            {"prompt": "1", "prompt_mask": "x"},
+            Pi05cError,
+            "'x' is no mask of type bool .* option prompt_mask=NAME",
+        ),
     ],
 )
 def test_refusals_change_nothing(options: dict[str, str], error: type[Exception], message: str) -> None:
