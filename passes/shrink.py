@@ -46,7 +46,7 @@ class Shrinker:
         for entry in entries:
             self._rewrite(entry)
         for entry in entries:
-            for tensor, need in zip(entry.node.outputs, entry.makes, strict=True):
+            for tensor, need in zip(entry.outputs, entry.makes, strict=True):
                 tensor.shape = self._sizes(tensor, need)
         shrunk = [entry.node.name for entry in entries if entry.shrinks]
         for node, editor in self._names_only:
@@ -77,8 +77,7 @@ class Shrinker:
             read = [len(indices(axis, size)) for axis, size in zip(entry.reads[0], source, strict=True)]
             self._give(entry, [new // old for new, old in zip(sizes[0], read, strict=True)])
         elif node.op == "Split":
-            node.attrs.pop("num_outputs", None)
-            self._give(entry, [size[node.attrs.get("axis", 0)] for size in sizes])
+            self._shorten(entry, sizes)
         elif node.op == "Concat":
             node.inputs = [node.inputs[index] for index, _ in reads]
             if len(reads) == 1:
@@ -159,6 +158,17 @@ class Shrinker:
             f"{entry.node.outputs[0].name}.indices", np.asarray(places, np.int64)
         )
         entry.node.inputs[1] = constant
+
+    def _shorten(self, entry: NodeRows, sizes: Sequence[Sequence[int]]) -> None:
+        """Let a Split make what is left, without parts that are empty."""
+        node = entry.node
+        node.attrs.pop("num_outputs", None)
+        kept = [(tensor, size) for tensor, size in zip(entry.outputs, sizes, strict=True) if 0 not in size]
+        node.outputs = [tensor for tensor, _ in kept]
+        if len(kept) == 1:
+            self._rename(entry)
+        else:
+            self._give(entry, [size[node.attrs.get("axis", 0)] for _, size in kept])
 
     def _give(self, entry: NodeRows, values: Sequence[int]) -> None:
         """Replace the constant second input of a node: a shape, repeats, sizes."""

@@ -25,6 +25,7 @@ from pi05c.passes.patterns.row_flow import (
     is_dead,
     is_shrunk,
     matmul,
+    nothing,
     reduced_axes,
     shape_of,
     simple,
@@ -43,12 +44,14 @@ class NodeRows:
     Attributes:
         reads: for each input, which rows it needs; the tensor may have more.
         makes: for each output, which rows it is to have.
+        outputs: those that the node had.
     """
 
     node: gs.Node
     scope: gs.Graph
     reads: tuple[Need, ...]
     makes: tuple[Need, ...]
+    outputs: tuple[gs.Tensor, ...]
 
     @property
     def shrinks(self) -> bool:
@@ -113,6 +116,9 @@ class Liveness:
                 continue  # dead, or about to be
             for body in node.subgraphs():
                 self._visit(body)
+            if node.op == "Split":
+                pairs = zip(node.outputs, needs, strict=True)
+                needs = [self._unread_part(tensor) if need is _NOTHING else need for tensor, need in pairs]
             flowing = self._flow(node, [need for need in needs if isinstance(need, tuple)])
             if flowing is None:
                 for tensor in node.inputs:
@@ -123,7 +129,9 @@ class Liveness:
             for tensor, made in zip(node.outputs, flowing.makes, strict=True):
                 if is_shrunk(made):
                     self._made[id(tensor)] = made
-            self._rows[id(node)] = NodeRows(node, scope, tuple(flowing.reads), tuple(flowing.makes))
+            self._rows[id(node)] = NodeRows(
+                node, scope, tuple(flowing.reads), tuple(flowing.makes), tuple(node.outputs)
+            )
 
     def _needed(self, tensor: gs.Tensor) -> Need | object:
         """What is needed of a tensor of known rank; `_NOTHING` where it is not needed at all."""
@@ -131,6 +139,10 @@ class Liveness:
             return _NOTHING
         need = self._needs[id(tensor)]
         return everything(len(shape_of(tensor))) if need is None or id(tensor) in self._all_rows else need
+
+    def _unread_part(self, tensor: gs.Tensor) -> Need:
+        shape = shape_of(tensor)
+        return everything(len(shape)) if id(tensor) in self._all_rows else nothing(shape)
 
     def _add(self, tensor: gs.Tensor, read: Need) -> None:
         if not tensor.name or any(is_dead(axis) for axis in read):

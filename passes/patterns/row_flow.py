@@ -65,6 +65,11 @@ def is_dead(axis: Axis) -> bool:
     return axis is not None and bool((axis == DEAD).all())
 
 
+def nothing(shape: Sequence[int]) -> Need:
+    """No element of a tensor that has at least one axis."""
+    return tuple(np.full(size, DEAD, np.int64) for size in shape)
+
+
 def is_shrunk(need: Need) -> bool:
     """Whether some index of some axis is not needed."""
     return any(axis is not None and bool((axis == DEAD).any()) for axis in need)
@@ -275,25 +280,23 @@ def _concat(node: gs.Node, outputs: Sequence[Need]) -> Flow:
 
 
 def _split(node: gs.Node, outputs: Sequence[Need]) -> Flow | None:
+    """An output that nobody reads is needed nowhere along the axis; it makes nothing."""
     source = shape_of(node.inputs[0])
     axis = node.attrs.get("axis", 0) % len(source)
     if len(node.inputs) > 1 and not isinstance(node.inputs[1], gs.Constant):
         return None
     sizes = [shape_of(tensor)[axis] for tensor in node.outputs]
-    rest = tuple(
-        None if other == axis else _union_of([need[other] for need in outputs])
-        for other in range(len(source))
-    )
     parts = [
         np.full(size, ALWAYS) if need[axis] is None else need[axis]
         for need, size in zip(outputs, sizes, strict=True)
     ]
-    if any(bool((part == DEAD).all()) for part in parts):
-        parts = [np.full(size, ALWAYS) for size in sizes]
-    whole = simple(np.concatenate(parts))
-    makes: list[Need] = [(*rest[:axis], simple(part), *rest[axis + 1 :]) for part in parts]
-    reads: list[Need] = [(*rest[:axis], whole, *rest[axis + 1 :])]
-    return Flow(reads + [everything(1) for _ in node.inputs[1:]], makes)
+    alive = [need for need in outputs if not any(is_dead(part) for part in need)]
+    rest = [
+        None if other == axis else _union_of([need[other] for need in alive]) for other in range(len(source))
+    ]
+    makes = [(*rest[:axis], simple(part), *rest[axis + 1 :]) for part in parts]
+    read = (*rest[:axis], simple(np.concatenate(parts)), *rest[axis + 1 :])
+    return Flow([read, *(everything(1) for _ in node.inputs[1:])], makes)
 
 
 def _union_of(axes: Sequence[Axis]) -> Axis:
