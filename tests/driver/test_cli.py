@@ -421,7 +421,7 @@ def test_json_is_all_of_stdout(pi05c: Command, policy: Path, tmp_path: Path) -> 
     graph = json.loads(pi05c("inspect", policy, "--json").out)
     assert graph["manifest"] is None
     assert graph["inputs"] == [
-        {"name": "x", "dtype": "float32", "shape": [1, ROWS, WIDTH], "low": None, "high": None}
+        {"name": "x", "dtype": "float32", "shape": [1, ROWS, WIDTH], "low": None, "high": None, "fixed": None}
     ]
     assert {total["dtype"]: total["bytes"] for total in graph["weights"]} == {
         "float32": 4 * WIDTH * (WIDTH + 1)
