@@ -7,18 +7,18 @@ initializer differs.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from pi05c.folder import GRAPH
-from pi05c.graph.align import Alignment
+from pi05c.graph.clone import collection_paused
 from pi05c.graph.diff import KINDS, Change, GraphDiff, Kind, Thing, diff_graphs
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, load, scopes
@@ -104,12 +104,13 @@ def diff_files(a: Path, b: Path, *, names: bool = False) -> ModelDiff:
     Raises:
         Pi05cError: one of them cannot be read, or has functions of its own.
     """
-    before, after = _load(a), _load(b)
-    hashed = _unhashed(before, after)
-    graphs = diff_graphs(before.graph, after.graph, names=names)
-    steps = _steps(before, after) if graphs.changes else []
-    trace = _Trace(steps, graphs.alignment)
-    changes = tuple(Attributed(change, trace.passes(change)) for change in graphs.changes)
+    with collection_paused():
+        before, after = _load(a), _load(b)
+        hashed = _unhashed(before, after)
+        graphs = diff_graphs(before.graph, after.graph, names=names)
+        steps = _steps(before, after, graphs) if graphs.changes else []
+        trace = _Trace(steps)
+        changes = tuple(Attributed(change, trace.passes(change)) for change in graphs.changes)
     return ModelDiff(a, b, graphs, changes, tuple(step.name for step in steps), hashed)
 
 
@@ -148,10 +149,26 @@ def _unhashed(*models: Model) -> Hashed:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one pass did: the differences of the stage before it and the stage after it."""
+    """What one pass did between two stages, without the graphs.
+
+    Attributes:
+        name: number and name of the pass.
+        pairs: number of a node or of an initializer's tensor in the second stage by that in the first, by thing.
+        kinds: how things differ, by thing and number in the second stage, or name where they have no number.
+    """
 
     name: str
-    diff: GraphDiff
+    pairs: dict[Thing, dict[int, int]]
+    kinds: dict[tuple[Thing, int | str], set[Kind]]
+
+    @classmethod
+    def of(cls, name: str, diff: GraphDiff) -> _Step:
+        alignment = diff.alignment
+        kinds = {
+            (change.thing, change.name if change.b is None else change.b): set(change.kinds)
+            for change in diff.changes
+        }
+        return cls(name, {"node": alignment.nodes, "initializer": alignment.tensors}, kinds)
 
 
 def stage_of(model: Model) -> tuple[int, str] | None:
@@ -160,84 +177,69 @@ def stage_of(model: Model) -> tuple[int, str] | None:
     return None if match is None else (int(match["number"]), match["name"])
 
 
-def _steps(a: Model, b: Model) -> list[_Step]:
+def _steps(a: Model, b: Model, between: GraphDiff) -> list[_Step]:
     """The passes between two stages, whichever comes first; none where they are not stages of one run."""
-    ends = stage_of(a), stage_of(b)
-    if a.path is None or b.path is None or ends[0] is None or ends[1] is None:
+    first, last = stage_of(a), stage_of(b)
+    if a.path is None or b.path is None or first is None or last is None or first[0] == last[0]:
         return []
-    if a.path.parent.resolve() != b.path.parent.resolve() or ends[0][0] == ends[1][0]:
+    if a.path.parent.resolve() != b.path.parent.resolve():
         return []
-    low, high = sorted((ends[0][0], ends[1][0]))
-    known = {ends[0][0]: a, ends[1][0]: b}
-    for path in sorted(a.path.parent.glob(_STAGE_FILES)):
-        number = int(path.name.split("-", 1)[0])
-        if low < number < high:
-            model = load(path)
-            stage = stage_of(model)
-            if stage is not None and stage[0] == number:
-                known[number] = model
-    if sorted(known) != list(range(low, high + 1)):
+    files = {int(path.name.split("-", 1)[0]): path for path in sorted(a.path.parent.glob(_STAGE_FILES))}
+    way = range(first[0], last[0], 1 if first[0] < last[0] else -1)[1:]
+    if any(number not in files for number in way):
         return []
-    order = sorted(known, reverse=ends[0][0] > ends[1][0])
+    if not way:
+        return [_Step.of(_title(max(first, last)), between)]
     steps = []
-    for number, following in pairwise(order):
-        later = stage_of(known[max(number, following)])
-        assert later is not None
-        diff = diff_graphs(known[number].graph, known[following].graph)
-        steps.append(_Step(f"{later[0]:02d}-{later[1]}", diff))
+    here = a
+    for number in (*way, last[0]):
+        following = b if number == last[0] else load(files[number])
+        stages = stage_of(here), stage_of(following)
+        if stages[0] is None or stages[1] is None or stages[1][0] != number:
+            return []
+        steps.append(_Step.of(_title(max(stages[0], stages[1])), diff_graphs(here.graph, following.graph)))
+        here = following
+        gc.collect()  # a graph is a web of references to itself: two stages are held at a time
     return steps
+
+
+def _title(stage: tuple[int, str]) -> str:
+    return f"{stage[0]:02d}-{stage[1]}"
 
 
 class _Trace:
     """Follows nodes and initializers through the steps between two stages."""
 
-    def __init__(self, steps: list[_Step], alignment: Alignment) -> None:
+    def __init__(self, steps: list[_Step]) -> None:
         self.steps = steps
-        self.alignment = alignment
-        self.back: list[dict[str, dict[int, int]]] = []
-        self.changed: list[dict[tuple[str, int | str], set[Kind]]] = []
-        for step in steps:
-            pairs = step.diff.alignment
-            self.back.append(
-                {
-                    "node": {y: x for x, y in pairs.nodes.items()},
-                    "initializer": {t: s for s, t in pairs.tensors.items()},
-                }
-            )
-            self.changed.append(
-                {
-                    (change.thing, change.name if change.b is None else change.b): set(change.kinds)
-                    for change in step.diff.changes
-                }
-            )
+        self.back = [
+            {thing: {y: x for x, y in pairs.items()} for thing, pairs in step.pairs.items()} for step in steps
+        ]
 
     def passes(self, change: Change) -> tuple[str, ...]:
         """The passes that made a difference, in order."""
         if change.kinds == ("removed",) and change.a is not None:
             return tuple(self._gone(change.thing, change.a))
-        if change.b is None:
-            return tuple(
-                step.name
-                for step, changed in zip(self.steps, self.changed, strict=True)
-                if changed.get((change.thing, change.name), set()) & set(change.kinds)
-            )
-        return tuple(reversed(list(self._made(change, change.b))))
+        if change.b is not None:
+            return tuple(reversed(list(self._made(change, change.b))))
+        kinds = set(change.kinds)
+        place = (change.thing, change.name)
+        return tuple(step.name for step in self.steps if step.kinds.get(place, set()) & kinds)
 
     def _gone(self, thing: Thing, number: int) -> Iterator[str]:
         for step in self.steps:
-            pairs = step.diff.alignment
-            following = (pairs.nodes if thing == "node" else pairs.tensors).get(number)
+            following = step.pairs[thing].get(number)
             if following is None:
                 yield step.name
                 return
             number = following
 
     def _made(self, change: Change, number: int) -> Iterator[str]:
-        for step, back, changed in reversed(list(zip(self.steps, self.back, self.changed, strict=True))):
+        for step, back in reversed(list(zip(self.steps, self.back, strict=True))):
             before = back[change.thing].get(number)
             if before is None:
                 yield step.name
                 return
-            if changed.get((change.thing, number), set()) & set(change.kinds):
+            if step.kinds.get((change.thing, number), set()) & set(change.kinds):
                 yield step.name
             number = before

@@ -27,7 +27,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.clone import collection_paused
-from pi05c.graph.wiring import MISSING, Content, Wiring, attributes_of, is_unknown_dim, wiring
+from pi05c.graph.wiring import MISSING, Content, Wiring, is_unknown_dim, wiring
 
 MAX_CROWD = 16
 """Readers of one tensor that look alike are paired each with each up to this number, beyond it in their order only, so
@@ -65,18 +65,24 @@ def align(a: gs.Graph, b: gs.Graph) -> Alignment:
     """Pair the nodes, tensors and bodies of two graphs. External weights with a recorded checksum are not read."""
     with collection_paused():
         wired_a, wired_b = wiring(a), wiring(b)
-        if _identity(wired_a) > _identity(wired_b):
+        if _goes_first(wired_b, wired_a):
             return _Aligner(wired_b, wired_a).run().mirrored()
         return _Aligner(wired_a, wired_b).run()
 
 
+def _goes_first(a: Wiring, b: Wiring) -> bool:
+    """An order of graphs, so that the same one is `a` while they are aligned, whichever the caller names first."""
+    sizes = (len(a.nodes), len(a.tensors)), (len(b.nodes), len(b.tensors))
+    return sizes[0] < sizes[1] if sizes[0] != sizes[1] else _identity(a) < _identity(b)
+
+
 def _identity(graph: Wiring) -> str:
-    """A hash in which graphs differ, names included; it decides which of two comes first while they are aligned."""
+    """A hash in which graphs of one size differ, names included."""
     digest = hashlib.sha256()
     for index, node in enumerate(graph.nodes):
         read = [(graph.tensors[t].name, graph.content[t]) for t in graph.ins[index] if t != MISSING]
         made = [tensor.name for tensor in node.outputs]
-        digest.update(repr((node.op, node.name, attributes_of(node), read, made)).encode())
+        digest.update(repr((node.op, node.name, graph.attributes[index], read, made)).encode())
     for tensor in graph.tensors:
         digest.update(repr((tensor.name, str(tensor.dtype), tensor.shape)).encode())
     digest.update(repr((graph.entries, graph.results)).encode())
@@ -120,10 +126,10 @@ class _Side:
         skeleton_uses: list[list[tuple[int, int]]] = [[] for _ in graph.tensors]
         for index, node in enumerate(graph.nodes):
             kind.append(hashes.of(("kind", node.op, node.domain or "")))
-            attributes.append(hashes.of(("attributes", *attributes_of(node).items())))
+            attributes.append(hashes.of(("attributes", *graph.attributes[index].items())))
             held = tuple(None if t == MISSING else graph.content[t] for t in graph.ins[index])
             label.append(hashes.of(("label", kind[-1], attributes[-1], held)))
-            if not graph.is_transparent(index):
+            if not graph.transparent[index]:
                 for place, tensor in enumerate(graph.ins[index]):
                     if tensor != MISSING:
                         skeleton_uses[graph.source(tensor)].append((index, place))
@@ -372,7 +378,7 @@ class _Aligner:
     def _skeleton(self, own: _Side, side: int) -> list[int | None]:
         """A hash of what leads to a node and of what follows from it, in the skeleton."""
         graph, of = own.graph, self.hashes.of
-        plain = [node for node in range(len(graph.nodes)) if not graph.is_transparent(node)]
+        plain = [node for node in range(len(graph.nodes)) if not graph.transparent[node]]
         label = {node: of(("plain", own.kind[node], own.attributes[node])) for node in plain}
         partners = own.tensor_partner if side == 0 else {t: t for t in own.tensor_partner}
         up: dict[int, int] = {}

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.align import Alignment, align, same_shape
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.text import declared, initializer_line, initializer_text, node_line
-from pi05c.graph.wiring import MISSING, Wiring, attributes_of
+from pi05c.graph.wiring import MISSING, Wiring
 
 Kind = Literal["added", "removed", "changed", "retyped", "rewired", "renamed"]
 """changed: operator, attributes or values; retyped: type or shape; rewired: an input comes from elsewhere."""
@@ -196,7 +196,7 @@ class _Comparison:
         if (old.op, old.domain or "") != (new.op, new.domain or ""):
             kinds.append("changed")
             details.append(f"operator: {_operator(old)} -> {_operator(new)}")
-        before, after = attributes_of(old), attributes_of(new)
+        before, after = self.a.attributes[x], self.b.attributes[y]
         if before != after:
             kinds += ["changed"] if "changed" not in kinds else []
             details += [

@@ -42,6 +42,8 @@ class Wiring:
 
     Attributes:
         scope: of each node.
+        attributes: of each node as canonical text, see `attributes_of`.
+        transparent: whether each node is one of `TRANSPARENT`.
         ins, outs: tensors of each node, `MISSING` for those left out.
         maker: node and output that make a tensor; None of an input and of a constant.
         uses: nodes and input places that read a tensor.
@@ -53,6 +55,8 @@ class Wiring:
     scopes: list[Scope] = field(default_factory=list)
     nodes: list[gs.Node] = field(default_factory=list)
     scope: list[int] = field(default_factory=list)
+    attributes: list[dict[str, str]] = field(default_factory=list)
+    transparent: list[bool] = field(default_factory=list)
     ins: list[list[int]] = field(default_factory=list)
     outs: list[list[int]] = field(default_factory=list)
     tensors: list[gs.Tensor] = field(default_factory=list)
@@ -65,14 +69,9 @@ class Wiring:
     entry: dict[int, tuple[int, int]] = field(default_factory=dict)
     bodies: dict[int, list[int]] = field(default_factory=dict)
 
-    def is_transparent(self, node: int) -> bool:
-        """Whether a node hands on its first input in another type."""
-        found = self.nodes[node]
-        return found.op in TRANSPARENT and not found.domain
-
     def source(self, tensor: int) -> int:
         """The tensor behind any `TRANSPARENT` nodes."""
-        while tensor != MISSING and (made := self.maker[tensor]) is not None and self.is_transparent(made[0]):
+        while tensor != MISSING and (made := self.maker[tensor]) is not None and self.transparent[made[0]]:
             tensor = self.ins[made[0]][0]
         return tensor
 
@@ -119,6 +118,8 @@ def wiring(graph: gs.Graph) -> Wiring:
         result.entries.append([number(tensor) for tensor in body.inputs])
         for place, tensor in enumerate(result.entries[-1]):
             result.entry[tensor] = (index, place)
+    result.attributes = [attributes_of(node) for node in result.nodes]
+    result.transparent = [node.op in TRANSPARENT and not node.domain for node in result.nodes]
     for index, node in enumerate(result.nodes):
         result.ins.append([number(tensor) for tensor in node.inputs])
         result.outs.append([number(tensor) for tensor in node.outputs])
