@@ -30,8 +30,8 @@ from pi05c.graph.clone import collection_paused
 from pi05c.graph.wiring import MISSING, Content, Wiring, is_unknown_dim, wiring
 
 MAX_CROWD = 16
-"""Readers of one tensor that look alike are paired each with each up to this number, beyond it in their order only, so
-that a constant with thousands of readers takes no quadratic time."""
+"""Readers of one tensor that look alike are paired in their order where both graphs have as many, else each with each up
+to this number, so that a constant with thousands of readers takes no quadratic time."""
 
 _LARGE_ELEMENTS = 8
 """A constant of more elements than this speaks for the nodes that read it; smaller ones are everywhere."""
@@ -477,13 +477,13 @@ class _Aligner:
         for mine, theirs in groups.values():
             mine.sort()
             theirs.sort()
-            if len(mine) <= MAX_CROWD and len(theirs) <= MAX_CROWD:
+            if len(mine) == len(theirs):
+                for x, y in zip(mine, theirs, strict=True):
+                    self._vote(x, y)
+            elif len(mine) <= MAX_CROWD and len(theirs) <= MAX_CROWD:
                 for x in mine:
                     for y in theirs:
                         self._vote(x, y)
-            elif len(mine) == len(theirs):
-                for x, y in zip(mine, theirs, strict=True):
-                    self._vote(x, y)
 
     def _vote(self, x: int | None, y: int | None) -> None:
         if x is None or y is None or not self._may_be_one(x, y):

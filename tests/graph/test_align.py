@@ -70,3 +70,20 @@ def test_mirrored_it_is_the_diff_of_the_other_direction(
         return (change.thing, change.kinds, change.before or "", change.after or "")
 
     assert sorted(map(key, there.changes)) == sorted(key(change.mirrored()) for change in back.changes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, SEEDS)
+def test_equal_steps_stay_in_order_when_each_is_changed(seed: int, other: int) -> None:
+    """Another operator in each of ten equal steps, and other names: each step is still itself."""
+    proto = random_model(seed, steps=10)
+    after = copied(proto)
+    for node in list(after.graph.node):
+        if node.op_type == "MatMul" and node.name.startswith("step"):
+            source = node.input[0]
+            node.input[0] = f"{source} halved"
+            at = list(after.graph.node).index(node)
+            halved = onnx.helper.make_node("Softsign", [source], [f"{source} halved"], f"{node.name} halved")
+            after.graph.node.insert(at, halved)
+    found = compare(proto, renamed(resorted(after, other), other))
+    assert sorted((change.thing, change.kinds) for change in found.changes) == [("node", ("added",))] * 20
