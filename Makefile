@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format full clean
+.PHONY: demo test check format docs full clean
 
 # One stamp for each set of extras: the install runs again when what it depends on changes.
 $(VENV)/bin/python:
@@ -38,6 +38,10 @@ check: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# One page a pass, of docstrings and golden texts.
+docs: $(VENV)/.test
+	$(BIN)/python -m pi05c.passdocs golden docs/passes
 
 # The real size: 3.35 billion parameters, about 20 GB of disk, 15 minutes on two cores.
 full: $(VENV)/.demo

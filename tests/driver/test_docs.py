@@ -15,6 +15,7 @@ import typer
 from onnx import parser
 
 import pi05c
+from pi05c import passdocs
 from pi05c.backend.targets import TARGETS, Flavour
 from pi05c.cli import app
 from pi05c.frontend.config import CONFIGS
@@ -27,7 +28,7 @@ from pi05c.passes.pipeline import Step, parse, run
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = (README, *sorted(DOCS.glob("*.md")))
+PAGES = (README, *sorted(DOCS.rglob("*.md")))
 
 _FENCE = re.compile(r"^```\w*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^ {4}.+\n)+", re.MULTILINE)
@@ -167,47 +168,41 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-# docs/passes.md
+# docs/passes
 
 
-def _sections() -> dict[str, str]:
-    parts = re.split(r"^## (\w+)\n", (DOCS / "passes.md").read_text(), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def test_each_pass_has_a_section_in_default_order() -> None:
-    assert list(_sections()) == list(dict.fromkeys([*PRESETS["default"], *REGISTRY]))
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_section_states_exactness_and_options(name: str) -> None:
-    spec = REGISTRY[name]
-    options = ", ".join(f"`{key}={option.default}`" for key, option in spec.options.items()) or "none"
-    assert f"Exact: {'yes' if spec.exact else 'no'}. Options: {options}." in _sections()[name]
+def test_pass_pages_are_those_that_make_docs_writes() -> None:
+    stored = {path.name: path.read_text() for path in (DOCS / "passes").iterdir()}
+    made = passdocs.pages(ROOT / "golden")
+    assert stored.keys() == made.keys(), "run `make docs`"
+    for name, text in made.items():
+        assert stored[name] == text, f"docs/passes/{name}: run `make docs`"
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_section_says_what_the_docstring_says(name: str) -> None:
+def test_pass_page_holds_docstring_options_and_every_golden_case(name: str) -> None:
+    page = (DOCS / "passes" / f"{name}.md").read_text()
     docstring = " ".join((REGISTRY[name].function.__doc__ or "").split())
     assert docstring
-    assert docstring in " ".join(_sections()[name].split())
+    assert docstring in " ".join(page.split())
+    assert all(f"`{key}={option.default}`" in page for key, option in REGISTRY[name].options.items())
+    cases = list((ROOT / "golden" / name).glob("*.after.txt"))
+    assert len(cases) >= 3
+    assert all(case.read_text() in page for case in cases)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_examples_are_golden(name: str) -> None:
-    section = _sections()[name]
-    case = re.search(r"Before \(`(\w+)`\)", section)
-    assert case is not None
-    before, after = (match["body"] for match in _FENCE.finditer(section))
-    golden = ROOT / "golden" / name / case[1]
-    assert before == golden.with_suffix(".before.txt").read_text()
-    assert after == golden.with_suffix(".after.txt").read_text()
-
-
-def test_presets_are_listed() -> None:
-    text = (DOCS / "passes.md").read_text()
+def test_index_lists_default_order_and_presets() -> None:
+    text = (DOCS / "passes" / "README.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\]", text, re.MULTILINE)
+    assert rows == list(dict.fromkeys([*PRESETS["default"], *REGISTRY]))
     for name, members in PRESETS.items():
-        assert f"`{name}`: {', '.join(members) or 'nothing'}" in text
+        assert f"- `{name}`: {', '.join(members) or 'nothing'}\n" in text
+
+
+def test_pass_pages_of_passes_that_are_gone_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "gone.md").write_text("old")
+    passdocs.main([str(ROOT / "golden"), str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "passes").iterdir()}
 
 
 # docs/targets.md
