@@ -34,6 +34,11 @@ class Line:
     text: str
 
     @property
+    def plain(self) -> str:
+        """The line as text without colour shows it."""
+        return f"{self.mark}{self.text}" if self.mark in "-+" else self.text
+
+    @property
     def style(self) -> str:
         """How rich shows it."""
         return {"-": "red", "+": "green", "@": "bold cyan", ".": "dim"}.get(self.mark, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,8 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Debug, Json, Quiet, app
-from pi05c.cli.output import console, print_json
-from pi05c.graph.errors import UsageError
+from pi05c.cli.output import console
+from pi05c.graph.errors import Pi05cError, UsageError
 
 
 class Format(str, Enum):
@@ -47,26 +48,29 @@ def diff(
     if json_ and format_ is not Format.TEXT:
         raise UsageError("--json and --format ask for two forms at once: give one of them")
     found = diff_files(a, b, names=names)
-    if json_ and not quiet:
-        print_json(found.as_json())
-    elif format_ is Format.TEXT and output is None and not quiet:
+    if output is None and not quiet and format_ is Format.TEXT and not json_:
         screen = console()
         for line in text_lines(found, everything=everything):
-            mark = line.mark if line.mark in "-+" else ""
-            screen.print(f"{mark}{line.text}", style=line.style or None, markup=False)
-    elif not quiet or output is not None:
-        if format_ is Format.HTML:
+            screen.print(line.plain, style=line.style or None, markup=False)
+    elif output is not None or not quiet:
+        if json_:
+            text = json.dumps(found.as_json(), indent=2) + "\n"
+        elif format_ is Format.HTML:
             text = html(found)
         elif format_ is Format.MARKDOWN:
             text = markdown(found, everything=everything)
         else:
-            text = "".join(
-                f"{line.mark if line.mark in '-+' else ''}{line.text}\n"
-                for line in text_lines(found, everything=everything)
-            )
-        if output is None:
-            typer.echo(text, nl=False)
-        else:
-            output.write_text(text, encoding="utf-8")
+            text = "".join(f"{line.plain}\n" for line in text_lines(found, everything=everything))
+        _write(text, output)
     if not found.same:
         raise typer.Exit(1)
+
+
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Pi05cError(f"{output} cannot be written: {error.strerror or error}") from error

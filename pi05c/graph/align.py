@@ -166,13 +166,8 @@ class _Aligner:
         self.scopes[0] = 0
         self._match_inputs()
         self._match_same_computation()
-        self._match_skeleton()
-        self._seed()
-        self._follow_edges()
-        self._match_names()
-        self._follow_edges()
-        if self._match_places():
-            self._follow_edges()
+        if None in self.a.partner and None in self.b.partner:
+            self._match_what_differs()
         return Alignment(
             self.a.graph,
             self.b.graph,
@@ -181,6 +176,15 @@ class _Aligner:
             self.scopes,
             dict(self.outputs),
         )
+
+    def _match_what_differs(self) -> None:
+        self._match_skeleton()
+        self._seed()
+        self._follow_edges()
+        self._match_names()
+        self._follow_edges()
+        if self._match_places():
+            self._follow_edges()
 
     # Pairs
 

@@ -181,6 +181,14 @@ def test_page_shows_both_sides_of_a_body(diff: Diff, tmp_path: Path) -> None:
     assert any(kind == "removed" and "    %scaled_copy" not in text for kind, text in rows)
 
 
+def test_every_form_goes_to_a_file(diff: Diff, policy: Path, relu: Path, tmp_path: Path) -> None:
+    for form in (["--json"], ["--format", "text"], ["--format", "markdown"]):
+        printed = diff(policy, relu, *form)[1]
+        assert diff(policy, relu, *form, "-o", tmp_path / "out") == (1, "", "")
+        assert (tmp_path / "out").read_text() == printed
+    assert diff(policy, relu, "-o", tmp_path / "none" / "out")[0] == 2
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_trouble_exits_2(diff: Diff, policy: Path, tmp_path: Path, missing: int) -> None:
     files = [policy, policy]
