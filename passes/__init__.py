@@ -9,6 +9,7 @@ from pi05c.passes.dedupe import dedupe
 from pi05c.passes.disable_conv2d_quant import disable_conv2d_quant
 from pi05c.passes.drop_dead_prefix import drop_dead_prefix
 from pi05c.passes.fold_gqa import fold_gqa
+from pi05c.passes.fold_scales import fold_scales
 from pi05c.passes.fuse_denoise_loop import fuse_denoise_loop
 from pi05c.passes.fuse_projections import fuse_projections
 from pi05c.passes.insert_attention_qdq import insert_attention_qdq
@@ -26,6 +27,7 @@ _EXACT = (
     fuse_projections,  # q/k/v and gate/up read their input once
     fold_gqa,  # no repeated keys and values: more rows for each MatMul
     split_prefix_attention,  # what the steps ask of the prefix is computed once
+    fold_scales,  # after weights are joined by their largest values, which this changes
     dedupe,  # nothing is stored or computed twice
 )
 

@@ -15,7 +15,7 @@ from pi05c.graph.io import scopes
 from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.identity import ValueNumbers
-from pi05c.passes.patterns.linear import Linear, find_linears
+from pi05c.passes.patterns.linear import Linear, find_linears, readers_of
 from pi05c.passes.patterns.walk import constant, output_ids, static_shape
 
 
@@ -105,7 +105,7 @@ def _obstacle(group: _Group, uses: int, outputs: set[int], max_scale_ratio: floa
             return "they compute in different types"
         if id(linear.node.outputs[0]) in outputs:
             return f"the output of {linear.node.name!r} is an output of the graph"
-        if _readers(linear.weight) != uses:
+        if len(readers_of(linear.weight)) != uses:
             return f"the weight {linear.weight.name!r} has another reader"
     if static_shape(first.node.outputs[0]) is None:
         return f"the shape of {first.node.outputs[0].name!r} is not static"
@@ -113,18 +113,6 @@ def _obstacle(group: _Group, uses: int, outputs: set[int], max_scale_ratio: floa
     if not max(amax) <= max_scale_ratio * min(amax):
         return f"their largest weights differ {max(amax) / max(min(amax), 1e-45):.3g}-fold, more than {max_scale_ratio:g}"
     return ""
-
-
-def _readers(weight: gs.Constant) -> int:
-    """How many MatMuls and other nodes read a weight, through casts and transposes."""
-    count, stack = 0, [weight]
-    while stack:
-        for node in stack.pop().outputs:
-            if node.op in ("Cast", "Transpose", "Identity"):
-                stack.append(node.outputs[0])
-            else:
-                count += 1
-    return count
 
 
 def _as_read(linear: Linear) -> Weight:

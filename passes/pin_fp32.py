@@ -57,7 +57,7 @@ def _regions(graph: gs.Graph) -> Iterator[tuple[str, str, tuple[gs.Node, ...]]]:
     for _, nodes in find_time_path(graph):
         yield "time", nodes[-1].name, nodes
     for step in find_flow(graph):
-        yield "flow", step.add.name, (step.scaled, step.add)
+        yield "flow", step.add.name, step.nodes
 
 
 def _is_low(node: gs.Node) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
-from pi05c.passes.patterns.linear import Linear, find_linears
+from pi05c.passes.patterns.linear import Linear, find_linears, linear_at
 from pi05c.passes.patterns.walk import MOVING, consumers, made_by, origin, scalar
 
 
@@ -17,56 +17,69 @@ class FlowStep:
 
     Attributes:
         add: x + dt * v.
-        scaled: the product dt * v, dt being one number.
+        scaled: the product dt * v, dt being one number; None where dt is part of the weight that makes v.
         state: x before the step.
-        velocity: v.
+        velocity: v, or dt * v where `scaled` is None.
     """
 
     scope: gs.Graph
     add: gs.Node
-    scaled: gs.Node
+    scaled: gs.Node | None
     state: gs.Tensor
     velocity: gs.Tensor
 
+    @property
+    def nodes(self) -> tuple[gs.Node, ...]:
+        """The arithmetic of the step: the product, if there is one, and the sum."""
+        return (self.add,) if self.scaled is None else (self.scaled, self.add)
+
 
 def find_flow(graph: gs.Graph) -> list[FlowStep]:
-    """The steps of each accumulation, first to last: a chain x + dt * v from a graph input to an output, and the one
-    between a carried value of a loop's body and its next value."""
+    """The steps of each accumulation, first to last.
+
+    It is a chain x + dt * v from a graph input to an output, or the one between a carried value of a loop's body and
+    its next value. Where dt has gone into the weight that makes v, what tells a step from a residual connection is
+    that weight: all steps share it, at least two in a chain, or one in a body, which runs again.
+    """
     found: list[FlowStep] = []
     starts = {id(tensor) for tensor in graph.inputs}
     for output in graph.outputs:
-        found.extend(_chain(graph, output, starts))
+        found.extend(_chain(graph, output, starts, repeats=False))
     for node in graph.nodes:
         body = node.attrs.get("body")
         if node.op not in ("Loop", "Scan") or not isinstance(body, gs.Graph):
             continue
         carried = {id(tensor) for tensor in body.inputs}
         for output in body.outputs:
-            found.extend(_chain(body, output, carried))
+            found.extend(_chain(body, output, carried, repeats=True))
     return found
 
 
 def flow_linears(graph: gs.Graph) -> tuple[list[Linear], list[Linear]]:
     """The linears that read x (action_in_proj) and those that make v (action_out_proj)."""
-    steps = find_flow(graph)
     by_node = {id(linear.node): linear for linear in find_linears(graph)}
     into, out = {}, {}
-    for step in steps:
+    for step in find_flow(graph):
         for user in consumers(origin(step.state), MOVING):
             if id(user) in by_node:
                 into[id(user)] = by_node[id(user)]
-        node = producer(origin(step.velocity, MOVING))
-        if node is not None and node.op == "Add":  # the bias
-            node = made_by(node.inputs[0], "MatMul", through=MOVING) or made_by(
-                node.inputs[1], "MatMul", through=MOVING
-            )
-        if node is not None and id(node) in by_node:
-            out[id(node)] = by_node[id(node)]
+        linear = velocity_linear(step)
+        if linear is not None:
+            out[id(linear.node)] = linear
     return list(into.values()), list(out.values())
 
 
-def _chain(scope: gs.Graph, output: gs.Tensor, starts: set[int]) -> list[FlowStep]:
-    """Follow x from its last value back to a start; empty where the way does not lead to one."""
+def velocity_linear(step: FlowStep) -> Linear | None:
+    """The linear that makes a step's v, with or without a bias."""
+    return _made_by_linear(step.scope, step.velocity)
+
+
+def _chain(scope: gs.Graph, output: gs.Tensor, starts: set[int], *, repeats: bool) -> list[FlowStep]:
+    """Follow x from its last value back to a start; empty where the way does not lead to one.
+
+    Args:
+        repeats: the scope is a body, so that one step stands for many.
+    """
     steps: list[FlowStep] = []
     tensor = origin(output)
     while id(tensor) not in starts:
@@ -78,16 +91,31 @@ def _chain(scope: gs.Graph, output: gs.Tensor, starts: set[int]) -> list[FlowSte
             return []
         steps.append(step)
         tensor = origin(step.state)
+    folded = [linear for step in steps if step.scaled is None and (linear := velocity_linear(step))]
+    if folded and (len({id(linear.weight) for linear in folded}) > 1 or len(folded) + repeats < 2):
+        return []
     return steps[::-1]
 
 
 def _step(scope: gs.Graph, add: gs.Node) -> FlowStep | None:
-    """Tell x from dt * v, which is a product with one number."""
+    """Tell x from dt * v, which is a product with one number or what a linear makes."""
     for index in (1, 0):
         product = _scaled(add.inputs[index])
         if product is not None and (add.op == "Add" or index == 1):
             return FlowStep(scope, add, product[0], add.inputs[1 - index], product[1])
+    for index in (1, 0):
+        made = _made_by_linear(scope, add.inputs[index])
+        if made is not None and (add.op == "Add" or index == 1):
+            return FlowStep(scope, add, None, add.inputs[1 - index], add.inputs[index])
     return None
+
+
+def _made_by_linear(scope: gs.Graph, tensor: gs.Tensor) -> Linear | None:
+    node = producer(origin(tensor, MOVING))
+    if node is not None and node.op == "Add":  # the bias
+        sides = [side for side in node.inputs if not isinstance(origin(side, MOVING), gs.Constant)]
+        node = producer(origin(sides[0], MOVING)) if len(sides) == 1 else None
+    return None if node is None else linear_at(scope, node)
 
 
 def _scaled(tensor: gs.Tensor) -> tuple[gs.Node, gs.Tensor] | None:

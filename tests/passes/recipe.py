@@ -97,7 +97,7 @@ def _float32(model: Model) -> list[str]:
     regions += [(f"softmax {found.name}", found.nodes) for found in find_softmaxes(model.graph)]
     regions += [(f"{found.kind} {found.name}", found.nodes) for found in find_norms(model.graph)]
     regions += [(f"RoPE {found.name}", found.nodes) for found in find_rope(model.graph)]
-    regions += [(f"flow {step.add.name}", (step.scaled, step.add)) for step in find_flow(model.graph)]
+    regions += [(f"flow {step.add.name}", step.nodes) for step in find_flow(model.graph)]
     return [
         f"{name}: {node.name} reads or makes {tensor.name} in {np.dtype(tensor.dtype)}"
         for name, nodes in regions
