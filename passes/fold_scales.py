@@ -48,19 +48,24 @@ def fold_scales(
     precision over 15 binades: at a ratio of 16 the error of normally distributed weights does not change, for
     weights of Student's t with three degrees of freedom (largest 160 sigma) it does from 64 on.
     """
-    while True:
-        groups, refused = _plan(graph, max_scale_ratio, max_growth * MIB)
-        if not groups:
-            break
-        _fold(graph, ctx, groups)
+    editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
+    factors, refused = _plan(graph, max_scale_ratio, max_growth * MIB)
+    while factors:
+        for together in _rewrites(factors):
+            _fold(together, editors)
+            ctx.changed(*(factor.node for factor in together))
+        remove_dead(graph)
+        factors, refused = _plan(
+            graph, max_scale_ratio, max_growth * MIB
+        )  # what stood behind a folded factor
     for node, reason in refused:
         ctx.skip(node, reason)
     if not ctx.changes and not refused:
         ctx.skip("graph", "no constant factor in it stands beside a weight")
 
 
-def _plan(graph: gs.Graph, max_ratio: float, max_bytes: float) -> tuple[_Groups, list[_Refusal]]:
-    """The factors to fold by what they change, and those to leave, one for each weight."""
+def _plan(graph: gs.Graph, max_ratio: float, max_bytes: float) -> tuple[list[Factor], list[_Refusal]]:
+    """The factors to fold, and those to leave, one for each weight."""
     factors, fixed = find_factors(graph)
     refused = {id(entry.weight or entry.node): (entry.node, entry.reason) for entry in fixed}
     outputs = output_ids(graph)
@@ -75,7 +80,7 @@ def _plan(graph: gs.Graph, max_ratio: float, max_bytes: float) -> tuple[_Groups,
             refused.setdefault(id(factor.sites[0].weight), (factor.node, reason))
         else:
             kept.append(factor)
-    return _by_key(_agreeing(kept, refused)), list(refused.values())
+    return _agreeing(kept, refused), list(refused.values())
 
 
 def _agreeing(factors: list[Factor], refused: dict[int, _Refusal]) -> list[Factor]:
@@ -163,18 +168,34 @@ def _along(value: Array, span: Span, size: int) -> Array:
     return multipliers
 
 
-def _fold(graph: gs.Graph, ctx: PassContext, groups: _Groups) -> None:
-    editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
-    for entries in groups.values():
+def _rewrites(factors: list[Factor]) -> list[list[Factor]]:
+    """Factors that can only be folded together: they change a weight in the same way, for its several readers."""
+    groups = _by_key(factors)
+    found: list[list[Factor]] = []
+    seen: set[int] = set()
+    for first in factors:
+        together, stack = list[Factor](), [first]
+        while stack:
+            factor = stack.pop()
+            if id(factor) not in seen:
+                seen.add(id(factor))
+                together.append(factor)
+                stack += [other for site in factor.sites for other, _ in groups[_key(factor, site)][::-1]]
+        if together:
+            found.append(together)
+    return found
+
+
+def _fold(together: list[Factor], editors: dict[int, Editor]) -> None:
+    biases: dict[object, gs.Constant] = {}
+    for entries in _by_key(together).values():
         _scale_weight(*entries[0])
-        biases: dict[object, gs.Constant] = {}
         for factor, site in entries:
             _read_scaled(site)
             _scale_biases(factor, site, editors[id(site.scope)], biases)
-    for factor in {id(factor): factor for entries in groups.values() for factor, _ in entries}.values():
-        editors[id(factor.scope)].replace_uses(factor.node.outputs[0], factor.node.inputs[factor.index])
-        ctx.changed(factor.node)
-    remove_dead(graph)
+    for factor in together:
+        editor = editors[id(factor.scope)]
+        editor.replace_uses(factor.node.outputs[0], factor.node.inputs[factor.index])
 
 
 def _scale_weight(factor: Factor, site: Site) -> None:

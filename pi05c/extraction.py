@@ -378,8 +378,8 @@ def _take_step(model: Model, loop: FlowLoop, entering: Sequence[Crossing]) -> No
     graph.nodes.insert(0, gs.Node("Split", names.unique(f"{ROW}.Split"), {"axis": 0}, [row, sizes], pieces))
     for value, piece in zip(loop.rows, pieces, strict=False):
         editor.replace_uses(value, _shaped(editor, piece, value))
-    index = next(i for i, tensor in enumerate(loop.flow.scaled.inputs) if tensor is loop.factor)
-    loop.flow.scaled.inputs[index] = _shaped(editor, pieces[-1], loop.factor)
+    index = next(i for i, tensor in enumerate(loop.scaled.inputs) if tensor is loop.factor)
+    loop.scaled.inputs[index] = _shaped(editor, pieces[-1], loop.factor)
     result = loop.flow.add.outputs[0]
     _rename(graph, entering, {id(state): STATE, id(result): NEXT_STATE})
     own = [tensor for tensor in graph.inputs if tensor is not origin(loop.state.initial)]

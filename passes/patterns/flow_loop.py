@@ -32,6 +32,7 @@ class FlowLoop:
         state: x, which starts as an input of the graph and ends as an output.
         time: the carried value that everything about the step follows from.
         rows: the values that follow from the time alone and meet x, in the order of the body.
+        scaled: the product of `factor` and v.
         factor: the constant tensor by which v is multiplied.
         start: the time before the first step.
         dt: what a step adds to the time.
@@ -43,6 +44,7 @@ class FlowLoop:
     state: Carried
     time: Carried
     rows: tuple[gs.Tensor, ...]
+    scaled: gs.Node
     factor: gs.Tensor
     start: Array
     dt: float
@@ -90,6 +92,8 @@ def _described(graph: gs.Graph, loop: StaticLoop, flow: FlowStep, state: Carried
     if any(classification[tensor] is not Dependence.STEP for tensor in rows):
         return f"what a step of its Loop {name!r} needs follows from more than the time"
     time = times[0]
+    if flow.scaled is None:
+        return f"the length of a step of its Loop {name!r} is part of a weight"
     factor = next(tensor for tensor in flow.scaled.inputs if tensor is not flow.velocity)
     scale = scalar(factor)
     if scale is None:
@@ -103,7 +107,8 @@ def _described(graph: gs.Graph, loop: StaticLoop, flow: FlowStep, state: Carried
     dt = float(after.reshape(-1)[0].astype(np.float64) - start.reshape(-1)[0].astype(np.float64))
     if start.size != 1 or not np.isclose(abs(dt), abs(scale), rtol=1e-3):
         return f"the time of its Loop {name!r} does not advance by the length of a step"
-    return FlowLoop(loop, flow, state, time, rows, factor, start, float(np.copysign(scale, dt)), scale)
+    dt = float(np.copysign(scale, dt))
+    return FlowLoop(loop, flow, state, time, rows, flow.scaled, factor, start, dt, scale)
 
 
 def _follows(tensors: tuple[gs.Tensor, ...], source: gs.Tensor) -> bool:

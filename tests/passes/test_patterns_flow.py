@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from pass_graphs import editable, graph_text, node_of, normal
+from pass_graphs import editable, graph_text, node_of, normal, run_pass
 
 from pi05c.passes.patterns.flow import find_flow, flow_linears
 from pi05c.passes.patterns.parts import parts_of
@@ -97,12 +97,40 @@ def test_not_a_chain_to_an_output(tail: str) -> None:
 def test_residual_blocks_are_no_flow() -> None:
     text = """
     g (float[1,4,16] x) => (float[1,4,16] y) {
-      a = MatMul(x, w)
+      a = MatMul(x, w_a)
       b = Add(x, a)
-      c = MatMul(b, w)
+      c = MatMul(b, w_c)
       y = Add(b, c)
     }"""
-    assert find_flow(editable(graph_text(text, {"w": normal(1, 16, 16)})).graph) == []
+    weights = {"w_a": normal(1, 16, 16), "w_c": normal(2, 16, 16)}
+    assert find_flow(editable(graph_text(text, weights)).graph) == []
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_with_dt_in_the_weight(spelling: str) -> None:
+    """The weight that all steps share tells them from residual blocks; of one step nothing does."""
+    model = editable(_unrolled(spelling))
+    assert run_pass(model, "fold_scales").changes == ("d0.Mul", "d1.Mul", "d2.Mul")
+    found = find_flow(model.graph)
+    assert [step.add.outputs[0].name for step in found] == ["x0", "x1", "x2"]
+    assert {step.scaled for step in found} == {None}
+    into, out = flow_linears(model.graph)
+    assert ({linear.weight.name for linear in into}, {linear.weight.name for linear in out}) == (
+        {"w_in"},
+        {"w_out"},
+    )
+    single = editable(_unrolled(spelling, 1))
+    (skip,) = run_pass(single, "fold_scales").skips
+    assert skip.reason == "it is dt of a single step"
+    assert len(find_flow(single.graph)) == 1
+
+
+def test_with_dt_in_the_weight_of_a_body() -> None:
+    model = editable(_loop())
+    assert run_pass(model, "fold_scales").changes == ("d.Mul",)
+    (step,) = find_flow(model.graph)
+    assert (step.scaled, step.state.name, step.velocity.name) == (None, "x_in", "v")
+    assert set(parts_of(model.graph).values()) == {"denoise"}
 
 
 @pytest.mark.parametrize("proto", [_unrolled("x + dt * v"), _loop()], ids=["unrolled", "loop"])
