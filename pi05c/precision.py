@@ -102,23 +102,23 @@ def dtypes_of(graph: gs.Graph) -> set[str]:
 
 def _operators(graph: gs.Graph) -> Iterator[tuple[gs.Node, str, str]]:
     for _, node in each_node(graph, "Conv"):
-        yield node, "convolution", _product(node)
+        yield node, "convolution", product_dtype(node)
     for linear in find_linears(graph):
-        yield linear.node, "linear", _product(linear.node)
+        yield linear.node, "linear", product_dtype(linear.node)
     for attention in find_attention(graph)[0]:
-        yield attention.qk, "attention", _product(attention.qk)
-        yield attention.av, "attention", _product(attention.av)
+        yield attention.qk, "attention", product_dtype(attention.qk)
+        yield attention.av, "attention", product_dtype(attention.av)
     for softmax in find_softmaxes(graph):
-        yield softmax.nodes[-1], "softmax", _arithmetic(softmax.nodes)
+        yield softmax.nodes[-1], "softmax", arithmetic_dtype(softmax.nodes)
     for norm in find_norms(graph):
-        yield norm.nodes[-1], "norm", _arithmetic(norm.nodes)
+        yield norm.nodes[-1], "norm", arithmetic_dtype(norm.nodes)
     for rope in find_rope(graph):
-        yield rope.nodes[-1], "RoPE", _arithmetic(rope.nodes)
+        yield rope.nodes[-1], "RoPE", arithmetic_dtype(rope.nodes)
     for step in find_flow(graph):
-        yield step.add, "flow accumulation", _arithmetic((step.add,))
+        yield step.add, "flow accumulation", arithmetic_dtype((step.add,))
 
 
-def _product(node: gs.Node) -> str:
+def product_dtype(node: gs.Node) -> str:
     """The type in which a MatMul, Gemm or Conv multiplies."""
     sides = [_quantized_type(tensor) for tensor in node.inputs[:2]]
     own = name_of(node.outputs[0].dtype)
@@ -134,7 +134,7 @@ def _quantized_type(tensor: gs.Tensor) -> str | None:
     return name_of(node.inputs[0].dtype)
 
 
-def _arithmetic(nodes: Iterable[gs.Node]) -> str:
+def arithmetic_dtype(nodes: Iterable[gs.Node]) -> str:
     """The type of the outputs of nodes that are not casts."""
     found = {
         name_of(tensor.dtype)

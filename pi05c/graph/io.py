@@ -145,6 +145,29 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     return proto, pending
 
 
+def infer_types(model: Model) -> None:
+    """Give the tensors that have no type or no static shape what onnx's inference finds, in place, without weights."""
+    _fill_types(model.graph, _with_types(to_proto(model)[0]).graph)
+
+
+def _fill_types(graph: gs.Graph, proto: onnx.GraphProto) -> None:
+    found = {value.name: value.type.tensor_type for value in (*proto.value_info, *proto.output)}
+    for node, typed in zip(graph.nodes, proto.node, strict=True):
+        for tensor in node.outputs:
+            type_ = found.get(tensor.name)
+            if type_ is None or not type_.elem_type or isinstance(tensor, gs.Constant):
+                continue
+            if to_numpy(tensor.dtype) is None:
+                tensor.dtype = type_.elem_type
+            static = tensor.shape is not None and all(isinstance(dim, int) for dim in tensor.shape)
+            dims = [dim.dim_value for dim in type_.shape.dim if dim.HasField("dim_value")]
+            if not static and type_.HasField("shape") and len(dims) == len(type_.shape.dim):
+                tensor.shape = dims
+        bodies = [a.g for a in typed.attribute if a.HasField("g")]
+        for inner, body in zip((v for v in node.attrs.values() if isinstance(v, gs.Graph)), bodies, strict=True):
+            _fill_types(inner, body)
+
+
 def save(model: Model, path: Path | str) -> None:
     """Write `path` and, where weights are larger than `INLINE_BYTES`, `path` + `.data` beside it.
 
@@ -487,6 +510,7 @@ def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 __all__ = [
     "Model",
+    "infer_types",
     "load",
     "location_of",
     "make_inline",

@@ -1,0 +1,158 @@
+"""What a graph costs on a GPU: work and traffic by part, kind and type, and the roofline time of each kernel.
+
+A kernel takes at least as long as its products at the peak rate of their type, as everything else at the rate of the
+ordinary cores, and as its bytes at the memory's bandwidth: the largest of the three. The sum over all kernels is the
+floor of the graph as `pi05c.kernels` fuses it; launches, caches and kernels below their peak are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi05c.backend.devices import Device
+from pi05c.graph.ranges import Ranges
+from pi05c.kernels import KINDS, Kernel, kernels_of
+from pi05c.passes.patterns.parts import PARTS
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+_FORMATS = {
+    "float64": "fp32",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "uint8": "int8",
+    "float8e4m3fn": "fp8",
+    "float8e5m2": "fp8",
+    "float4e2m1": "fp4",
+}
+"""The tensor core format of an ONNX type; what is not in it is computed by the ordinary cores."""
+
+_WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "fp4": 4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sums over kernels, each as often as it runs.
+
+    Attributes:
+        flops: of products.
+        vector_flops: of everything else.
+        weight_bytes: constants read.
+        activation_bytes: other values read and written.
+        kernels: launches after fusion.
+        operators: launches if nothing were fused.
+        seconds: the floor; None where no GPU was named.
+    """
+
+    flops: int = 0
+    vector_flops: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    kernels: int = 0
+    operators: int = 0
+    seconds: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """All traffic."""
+        return self.weight_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kernels of one part, kind and type; what does not tell them apart is empty."""
+
+    part: str
+    kind: str
+    dtype: str
+    cost: Cost
+
+
+def cost_of(path: Path | str) -> tuple[Kernel, ...]:
+    """The kernels of an ONNX file or of an engine folder's graph. Weights are not read.
+
+    Raises:
+        Pi05cError: it is neither, or its sizes are not fixed.
+    """
+    from pi05c.folder import GRAPH
+    from pi05c.graph.io import load
+
+    path = Path(path)
+    return kernels_of(load(path / GRAPH if path.is_dir() else path))
+
+
+def seconds(kernel: Kernel, device: Device, *, tf32: bool = False) -> float:
+    """The least time that all runs of a kernel take on a GPU.
+
+    Args:
+        tf32: let float32 products use TF32 tensor cores; pi05c builds engines that do not.
+    """
+    sides = [_FORMATS.get(side, "fp32") for side in kernel.dtype.split(" x ")]
+    number_format = max(sides, key=_WIDTH.__getitem__)
+    if tf32 and number_format == "fp32":
+        number_format = "tf32"
+    moved = kernel.weight_bytes + kernel.activation_bytes
+    once = max(
+        kernel.flops / device.rate(number_format),
+        kernel.vector_flops / device.rate("fp32"),
+        moved / device.bandwidth,
+    )
+    return kernel.times * once
+
+
+def total(kernels: Iterable[Kernel], device: Device | None = None, *, tf32: bool = False) -> Cost:
+    """The sum over kernels; on `device` where one is given."""
+    kernels = list(kernels)
+
+    def sum_of(name: str) -> int:
+        return sum(getattr(kernel, name) * kernel.times for kernel in kernels)
+
+    return Cost(
+        flops=sum_of("flops"),
+        vector_flops=sum_of("vector_flops"),
+        weight_bytes=sum_of("weight_bytes"),
+        activation_bytes=sum_of("activation_bytes"),
+        kernels=sum(kernel.times for kernel in kernels),
+        operators=sum_of("operators"),
+        seconds=None
+        if device is None
+        else sum((seconds(kernel, device, tf32=tf32) for kernel in kernels), start=0.0),
+    )
+
+
+def grouped(
+    kernels: Sequence[Kernel], device: Device | None = None, *, by: Sequence[str] = ("part", "kind", "dtype"), tf32: bool = False
+) -> list[Group]:
+    """Costs by some of part, kind and type, in the order of the model's parts and of `KINDS`."""
+    groups: dict[tuple[str, ...], list[Kernel]] = {}
+    for kernel in kernels:
+        key = tuple(getattr(kernel, name) if name in by else "" for name in ("part", "kind", "dtype"))
+        groups.setdefault(key, []).append(kernel)
+    order = {name: index for index, name in enumerate(("", *PARTS, *KINDS))}
+    return [
+        Group(part, kind, dtype, total(groups[part, kind, dtype], device, tf32=tf32))
+        for part, kind, dtype in sorted(groups, key=lambda key: (order[key[0]], order[key[1]], key[2]))
+    ]
+
+
+class AssumedRanges(Ranges):
+    """Ranges for a graph that nobody calibrates: every value is said to reach 1, weights too, and nothing is read.
+
+    With them a pass quantizes and lowers all that it can, so the cost is that of the whole recipe; how accurate it
+    is cannot be said, and no graph made with them leaves the program.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, {}, source="assumed", synthetic=True)
+
+    def amax(self, tensor: gs.Tensor) -> float | None:
+        return 1.0
+
+
+__all__ = ["AssumedRanges", "Cost", "Group", "Kernel", "cost_of", "grouped", "seconds", "total"]
