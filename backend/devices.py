@@ -48,9 +48,7 @@ class Device:
         return self.rates[number_format]
 
 
-def _device(
-    name: str, product: str, target: str, bandwidth: float, source: str, **rates: float
-) -> Device:
+def _device(name: str, product: str, target: str, bandwidth: float, source: str, **rates: float) -> Device:
     """A row of the table, in teraFLOP/s and GB/s."""
     scaled = MappingProxyType({key: rate * TERA for key, rate in rates.items()})
     return Device(name, product, target, scaled, bandwidth * GIGA, source)

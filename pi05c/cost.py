@@ -7,18 +7,18 @@ floor of the graph as `pi05c.kernels` fuses it; launches, caches and kernels bel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx_graphsurgeon as gs
 
 from pi05c.backend.devices import Device
+from pi05c.folder import GRAPH
+from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.kernels import KINDS, Kernel, kernels_of
 from pi05c.passes.patterns.parts import PARTS
-
-if TYPE_CHECKING:
-    import onnx_graphsurgeon as gs
 
 _FORMATS = {
     "float64": "fp32",
@@ -80,9 +80,6 @@ def cost_of(path: Path | str) -> tuple[Kernel, ...]:
     Raises:
         Pi05cError: it is neither, or its sizes are not fixed.
     """
-    from pi05c.folder import GRAPH
-    from pi05c.graph.io import load
-
     path = Path(path)
     return kernels_of(load(path / GRAPH if path.is_dir() else path))
 
@@ -127,7 +124,11 @@ def total(kernels: Iterable[Kernel], device: Device | None = None, *, tf32: bool
 
 
 def grouped(
-    kernels: Sequence[Kernel], device: Device | None = None, *, by: Sequence[str] = ("part", "kind", "dtype"), tf32: bool = False
+    kernels: Sequence[Kernel],
+    device: Device | None = None,
+    *,
+    by: Sequence[str] = ("part", "kind", "dtype"),
+    tf32: bool = False,
 ) -> list[Group]:
     """Costs by some of part, kind and type, in the order of the model's parts and of `KINDS`."""
     groups: dict[tuple[str, ...], list[Kernel]] = {}
@@ -141,18 +142,66 @@ def grouped(
     ]
 
 
-class AssumedRanges(Ranges):
-    """Ranges for a graph that nobody calibrates: every value is said to reach 1, weights too, and nothing is read.
+@dataclass(frozen=True)
+class PassCost:
+    """What a graph costs after a pass; `name` is empty before the first one."""
 
-    With them a pass quantizes and lowers all that it can, so the cost is that of the whole recipe; how accurate it
-    is cannot be said, and no graph made with them leaves the program.
+    name: str
+    changed: int
+    kernels: tuple[Kernel, ...]
+
+
+def cost_after_each_pass(
+    path: Path | str, passes: str, before_pass: Callable[[str], None] | None = None
+) -> list[PassCost]:
+    """Run a pipeline on a graph that is then thrown away, with `AssumedRanges` for what passes would calibrate.
+
+    Raises:
+        Pi05cError: as `cost_of`, or a pass cannot run.
+    """
+    from pi05c.passes import PRESETS, pipeline
+
+    model = load(path)
+    found = [PassCost("", 0, kernels_of(model))]
+
+    def after_step(current: Model, result: pipeline.StepResult) -> None:
+        kernels = kernels_of(current) if result.changes else found[-1].kernels
+        found.append(PassCost(result.step.text, len(result.changes), kernels))
+
+    pipeline.run(
+        model,
+        pipeline.parse(passes, PRESETS),
+        calibrate=lambda _model, _tensors: AssumedRanges(),
+        before_step=None if before_pass is None else lambda step: before_pass(step.spec.name),
+        after_step=after_step,
+    )
+    return found
+
+
+class AssumedRanges(Ranges):
+    """Ranges for a graph that nobody calibrates: every activation is said to reach 1; constants are as they are.
+
+    With them a pass quantizes and lowers all that it can, so the cost is that of the whole recipe. How accurate that
+    is cannot be said: no graph made with them may be kept.
     """
 
     def __init__(self) -> None:
         super().__init__({}, {}, source="assumed", synthetic=True)
 
     def amax(self, tensor: gs.Tensor) -> float | None:
-        return 1.0
+        """1 of an activation, the largest magnitude of a constant."""
+        return super().amax(tensor) if isinstance(tensor, gs.Constant) else 1.0
 
 
-__all__ = ["AssumedRanges", "Cost", "Group", "Kernel", "cost_of", "grouped", "seconds", "total"]
+__all__ = [
+    "AssumedRanges",
+    "Cost",
+    "Group",
+    "Kernel",
+    "PassCost",
+    "cost_after_each_pass",
+    "cost_of",
+    "grouped",
+    "seconds",
+    "total",
+]

@@ -7,8 +7,8 @@ The model:
 - Pointwise operators join the kernel that makes the last of their inputs; the operators of one norm, softmax or RoPE
   are one kernel. A value that only its own kernel reads moves nothing.
 - Any other value is written once and read once by each kernel that reads it, in the narrowest type on the way (a
-  Cast or DequantizeLinear happens while reading). Reshapes cost nothing; Transpose, Slice, Concat, Expand and the
-  like move their values. A Gather or Slice reads what it returns.
+  Cast or DequantizeLinear happens while reading). Reshapes cost nothing, and who reads a Slice or Split reads that
+  part of what was cut; Transpose, Concat, Expand and the like move their values. A Gather reads what it returns.
 - Every reading comes from memory, in every step of a loop: caches are not modelled.
 
 Attention is not fused: its logits and probabilities are written and read.
@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import bits, name_of, to_numpy
@@ -52,33 +51,72 @@ MAX_STEPS = 1000
 VIEWS = frozenset({"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 """Operators that give the same bytes another shape: no kernel."""
 
-READ_THROUGH = VIEWS | {"Cast", "DequantizeLinear"}
+CUTS = frozenset({"Slice", "Split"})
+
+READ_THROUGH = VIEWS | CUTS | {"Cast", "DequantizeLinear"}
 """Operators that happen while a kernel reads."""
 
 DATA_MOVEMENT = frozenset(
-    {"Transpose", "Concat", "Slice", "Split", "Expand", "Tile", "Pad", "Gather", "GatherElements", "GatherND"}
+    {"Transpose", "Concat", "Expand", "Tile", "Pad", "Gather", "GatherElements", "GatherND"}
     | {"ScatterElements", "ScatterND", "ConstantOfShape", "Range", "EyeLike", "DepthToSpace", "SpaceToDepth"}
 )
 
-READ_IN_PART = frozenset({"Gather", "GatherElements", "GatherND", "Slice"})
+GATHERS = frozenset({"Gather", "GatherElements", "GatherND"})
 """Operators that read as much of their first input as they return."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 
 REDUCTIONS = frozenset(
-    {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
+    {
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceSumSquare",
+    }
     | {"ReduceLogSum", "ReduceLogSumExp", "CumSum", "ArgMax", "ArgMin", "TopK", "GlobalAveragePool"}
 )
 
 POINTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Sin", "Cos", "Tanh"}
-    | {"Sigmoid", "Erf", "Gelu", "Relu", "LeakyRelu", "Softplus", "Swish", "Clip", "Floor", "Ceil", "Round", "Mod"}
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Neg",
+        "Abs",
+        "Sqrt",
+        "Reciprocal",
+        "Exp",
+        "Log",
+        "Sin",
+        "Cos",
+        "Tanh",
+    }
+    | {
+        "Sigmoid",
+        "Erf",
+        "Gelu",
+        "Relu",
+        "LeakyRelu",
+        "Softplus",
+        "Swish",
+        "Clip",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Mod",
+    }
     | {"Min", "Max", "Where", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not"}
     | {"Xor", "IsNaN", "IsInf", "Sign", "QuantizeLinear", "DynamicQuantizeLinear", "TRT_FP4DynamicQuantize"}
     | {"Trilu"}
 )
 
-_ARGUMENTS = frozenset({"Slice", "Split", "Expand", "Tile", "Pad", "QuantizeLinear", "ConstantOfShape"}) | REDUCTIONS
+_ARGUMENTS = frozenset({"Expand", "Tile", "Pad", "QuantizeLinear", "ConstantOfShape"}) | REDUCTIONS
 """Operators whose further inputs are sizes, axes or one scale: nothing that counts as read."""
 
 _COMPOSITE_FLOPS = 5
@@ -136,7 +174,7 @@ def kernels_of(model: Model) -> tuple[Kernel, ...]:
 
 @dataclass(eq=False)
 class _Group:
-    """A kernel that is being put together; `read` holds bytes and whether they are weights, by id of the source."""
+    """A kernel that is being put together; `read` holds bytes and whether they are weights, by id."""
 
     head: gs.Node
     part: str
@@ -152,9 +190,18 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A value as somebody reads it: where it is stored, in how many bits an element at most, and what is on the way."""
+    """A value as somebody reads it.
+
+    Attributes:
+        source: what is stored.
+        piece: what is read of it: the source, or what a Slice or Split cuts out.
+        bits: of an element, the fewest on the way.
+        through: the nodes on the way.
+        scales: the scales that they read.
+    """
 
     source: gs.Tensor
+    piece: gs.Tensor
     bits: int
     through: tuple[gs.Node, ...]
     scales: tuple[gs.Tensor, ...]
@@ -223,7 +270,7 @@ class _Fusion:
                 if passed.op not in VIEWS and id(passed) not in self._counted:
                     self._counted.add(id(passed))
                     group.operators += id(reading.source) in self._runtime
-            counted = node.outputs[0] if index == 0 and node.op in READ_IN_PART else tensor
+            counted = node.outputs[0] if index == 0 and node.op in GATHERS else tensor
             self._read(group, reading, math.prod(_static(counted)))
             for scale in reading.scales:
                 inner = self._reading(scale)
@@ -239,9 +286,7 @@ class _Fusion:
         elif node.op not in DATA_MOVEMENT:
             group.vector_flops += math.prod(_static(node.outputs[0]))
 
-    def _group(
-        self, scope: gs.Graph, node: gs.Node, readings: list[_Reading], times: int
-    ) -> _Group:
+    def _group(self, scope: gs.Graph, node: gs.Node, readings: list[_Reading], times: int) -> _Group:
         """The group that a node joins: its region's, that of the last of its inputs, or a new one."""
         region = self._regions.get(id(node))
         if region is not None and (found := self._region_group.get(region)) is not None:
@@ -251,7 +296,9 @@ class _Fusion:
             local = [
                 maker
                 for maker in makers
-                if maker is not None and self._scope_of.get(id(maker)) == id(scope) and id(maker) in self._owner
+                if maker is not None
+                and self._scope_of.get(id(maker)) == id(scope)
+                and id(maker) in self._owner
             ]
             if local:
                 return self._owner[id(max(local, key=lambda maker: self._position[id(maker)]))]
@@ -266,6 +313,7 @@ class _Fusion:
     def _reading(self, tensor: gs.Tensor) -> _Reading:
         """Where a value is stored, as it is read: back through what happens while reading."""
         width, through, scales = _width(tensor), [], []
+        piece: gs.Tensor | None = None
         while (node := producer(tensor)) is not None:
             folded = id(tensor) not in self._runtime
             if node.op not in READ_THROUGH and not (folded and node.op == "Transpose"):
@@ -273,9 +321,11 @@ class _Fusion:
             through.append(node)
             if node.op == "DequantizeLinear":
                 scales.append(node.inputs[1])
+            if node.op in CUTS and piece is None:
+                piece = tensor
             tensor = node.inputs[0]
             width = min(width, _width(tensor))
-        return _Reading(tensor, width, tuple(through), tuple(scales))
+        return _Reading(tensor, tensor if piece is None else piece, width, tuple(through), tuple(scales))
 
     def _read(self, group: _Group, reading: _Reading, elements: int) -> None:
         maker = producer(reading.source)
@@ -285,8 +335,8 @@ class _Fusion:
         if not weight:
             self._keep(reading)
         size = _bytes((elements,), reading.bits)
-        before, _ = group.read.get(id(reading.source), (0, weight))
-        group.read[id(reading.source)] = (max(before, size), weight)
+        before, _ = group.read.get(id(reading.piece), (0, weight))
+        group.read[id(reading.piece)] = (max(before, size), weight)
 
     def _store(self, tensor: gs.Tensor) -> None:
         """Note that a value leaves its kernel."""
@@ -387,7 +437,9 @@ def _einsum_sizes(node: gs.Node) -> dict[str, int]:
     """The size of each index of an Einsum without ellipsis."""
     terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
     if any("." in term for term in terms):
-        raise Pi05cError(f"Einsum {node.name!r} has an ellipsis, whose work is not counted: spell its axes out")
+        raise Pi05cError(
+            f"Einsum {node.name!r} has an ellipsis, whose work is not counted: spell its axes out"
+        )
     shapes = [_static(tensor) for tensor in node.inputs]
     return {
         index: size
@@ -404,7 +456,9 @@ def _attention_flops(node: gs.Node) -> int:
     """
     query, key, value = (_static(tensor) for tensor in node.inputs[:3])
     if not len(query) == len(key) == len(value) == 4:
-        raise Pi05cError(f"{node.op} {node.name!r} has operands of another form than [batch, heads, tokens, size]")
+        raise Pi05cError(
+            f"{node.op} {node.name!r} has operands of another form than [batch, heads, tokens, size]"
+        )
     batch, heads, rows, size = query
     return 2 * batch * heads * rows * key[2] * (size + value[3])
 
@@ -446,6 +500,7 @@ def _static(tensor: gs.Tensor) -> tuple[int, ...]:
 
 def _width(tensor: gs.Tensor) -> int:
     """Bits of an element in storage."""
+    _static(tensor)
     return bits(weight_of(tensor).dtype if isinstance(tensor, gs.Constant) else tensor.dtype)
 
 

@@ -164,7 +164,9 @@ def _fill_types(graph: gs.Graph, proto: onnx.GraphProto) -> None:
             if not static and type_.HasField("shape") and len(dims) == len(type_.shape.dim):
                 tensor.shape = dims
         bodies = [a.g for a in typed.attribute if a.HasField("g")]
-        for inner, body in zip((v for v in node.attrs.values() if isinstance(v, gs.Graph)), bodies, strict=True):
+        for inner, body in zip(
+            (v for v in node.attrs.values() if isinstance(v, gs.Graph)), bodies, strict=True
+        ):
             _fill_types(inner, body)
 
 
