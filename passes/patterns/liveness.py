@@ -76,6 +76,7 @@ class Liveness:
         }
         self._masks = {id(attention.softmax): find_mask(attention, self._known) for attention in attentions}
         self._mask_nodes = {id(mask.node): mask for mask in self._masks.values() if isinstance(mask, Mask)}
+        self._found: dict[tuple[object, ...], Array | str] = {}
         self._all_rows: set[int] = set()
         self._walk()
         while idle := self._idle():
@@ -179,13 +180,22 @@ class Liveness:
 
     def _live_keys(self, attention: Attention, need: Need) -> Axis:
         mask = self._masks[id(attention.softmax)]
-        keys = mask if isinstance(mask, str) else live_keys(attention, mask, need[-2])
+        keys = mask if isinstance(mask, str) else self._keys_of(attention, mask, need[-2])
         if isinstance(keys, str):
             if attention.masked and keys != ALL_SEEN:
                 self.skips.setdefault(_mask_name(attention), keys)
             return None
         self._keys[id(attention.softmax)] = keys
         return keys
+
+    def _keys_of(self, attention: Attention, mask: Mask, queries: Axis) -> Array | str:
+        """`live_keys`, found once for all layers that share a mask."""
+        shapes = (static_shape(attention.qk.outputs[0]), static_shape(attention.av.inputs[0]))
+        rows = None if queries is None else queries.tobytes()
+        key = (id(mask.elements), len(attention.chunks), shapes, rows)
+        if key not in self._found:
+            self._found[key] = live_keys(attention, mask, queries)
+        return self._found[key]
 
     def _without_zeros(self, node: gs.Node, found: Flow) -> Flow:
         """A sum needs no rows that are zero in any run."""
