@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.runner import Array
 from pi05c.passes.patterns.attention import Attention, find_attention
 from pi05c.passes.patterns.known import Known
-from pi05c.passes.patterns.masked_keys import ALL_SEEN, DEAD, Mask, find_mask, live_keys
+from pi05c.passes.patterns.masked_keys import ALL_SEEN, ALWAYS, DEAD, Mask, find_mask, live_keys
 from pi05c.passes.patterns.row_flow import (
     Axis,
     Flow,
@@ -212,7 +212,7 @@ class Liveness:
             counts |= True if rows is None else rows != DEAD
         if not counts.any() or counts.all():
             return found
-        kept = np.where(counts, -1, DEAD)
+        kept = np.where(counts, ALWAYS, DEAD)
         reads = [(*found.reads[0][:axis], kept, *found.reads[0][axis + 1 :]), *found.reads[1:]]
         makes = found.makes
         if node.op == "CumSum":
@@ -282,7 +282,7 @@ def _dead(axis: Axis, like: Array) -> Array:
 
 
 def _without_conditions(axis: Axis) -> Axis:
-    return None if axis is None else simple(np.where(axis == DEAD, DEAD, -1))
+    return None if axis is None else simple(np.where(axis == DEAD, DEAD, ALWAYS))
 
 
 def _mask_name(attention: Attention) -> str:

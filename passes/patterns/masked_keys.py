@@ -20,7 +20,6 @@ BEYOND_LOGITS = 1e9
 """How far below the highest mask of its row a mask lies whose key has a probability of exactly 0 in float32: exp(-104)
 is 0 (IEEE 754 binary32), and no logits of a model that works are 1e8 apart."""
 
-
 ALL_SEEN = "every key may be seen by every row"
 """Why a mask leaves out no key where there is nothing wrong with that."""
 
