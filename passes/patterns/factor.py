@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import is_float
+from pi05c.graph.dtypes import FLOAT32, FLOAT64, is_float, to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of, weight_of
@@ -25,7 +25,6 @@ from pi05c.passes.patterns.walk import (
     origin,
     output_ids,
     rank,
-    scalar,
     static_shape,
 )
 
@@ -156,10 +155,10 @@ class _Search:
         taken = {id(node) for norm in find_norms(self.graph) for node in norm.nodes}
         taken |= {id(node) for rope in self.ropes.values() for node in rope.nodes}
         for attention in attentions:
-            for node, number in attention.scales:
-                taken.add(id(node))
-                index = 0 if scalar(node.inputs[0]) is None else 1
-                yield attention.scope, node, index, np.asarray(number), self._query(attention)
+            for node, _ in attention.scales:
+                if (parsed := _by_constant(node)) is not None:
+                    taken.add(id(node))
+                    yield attention.scope, node, *parsed, self._query(attention)
         for scope, node in each_node(self.graph, "Mul", "Div"):
             parsed = None if id(node) in taken else _by_constant(node)
             if parsed is None:
@@ -286,7 +285,7 @@ def _by_constant(node: gs.Node) -> tuple[int, Array] | None:
 
 def _number_or_vector(tensor: gs.Tensor) -> Array | None:
     found = origin(tensor, MOVING)
-    if not isinstance(found, gs.Constant):
+    if not isinstance(found, gs.Constant) or _rounded(tensor):
         return None
     shape = weight_of(found).shape
     if math.prod(shape) == 1:
@@ -313,9 +312,18 @@ def _bias(add: gs.Node, span: Span) -> Bias | None:
     """The constant that an Add adds along the last axis."""
     for index in (0, 1):
         found = constant(add.inputs[index])
-        if found is not None:
+        if found is not None and not _rounded(add.inputs[index]):
             shape = weight_of(found).shape
             columns = (static_shape(add.outputs[0]) or (0,))[-1]
             fits = bool(shape) and shape[-1] == math.prod(shape) == columns
             return Bias(add, index, span) if fits else None
     return None
+
+
+def _rounded(tensor: gs.Tensor) -> bool:
+    """Whether a constant is cast to a type narrower than float32 before it is read."""
+    while (node := producer(tensor)) is not None:
+        if node.op == "Cast" and to_numpy(node.attrs["to"]) not in (FLOAT32, FLOAT64):
+            return True
+        tensor = node.inputs[0]
+    return False
