@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -554,8 +554,10 @@ echo "model.engine is built: $(wc -c < model.engine) bytes"
 class EngineRunner:
     """Runs a plan on the GPU of this machine; implements `pi05c.graph.runner.Runner`."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, on_device: Collection[str] = ()) -> None:
+        """Wrap a runner of Polygraphy that is active; see `load_engine`."""
         self._runner = runner
+        self._on_device = frozenset(on_device)
         metadata = runner.get_input_metadata()
         import numpy as np
         from polygraphy.datatype import DataType
@@ -570,22 +572,31 @@ class EngineRunner:
         )
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once.
+        """Run once. What stays on the GPU is valid until the next run.
 
         Raises:
             Pi05cError: an input is missing, unknown, or of another type or shape.
         """
-        check_inputs(self.inputs, inputs)
-        outputs = self._runner.infer(feed_dict=dict(inputs), check_inputs=False)
-        return {name: value.copy() for name, value in outputs.items()}
+        import numpy as np
+
+        host = {name: array for name, array in inputs.items() if isinstance(array, np.ndarray)}
+        check_inputs([spec for spec in self.inputs if spec.name in host or spec.name not in inputs], host)
+        if not self._on_device:
+            outputs = self._runner.infer(feed_dict=dict(inputs), check_inputs=False)
+            return {name: value.copy() for name, value in outputs.items()}
+        views = self._runner.infer(feed_dict=dict(inputs), check_inputs=False, copy_outputs_to_host=False)
+        return {
+            name: view if name in self._on_device else view.numpy().copy() for name, view in views.items()
+        }
 
 
-def load_engine(plan_path: Path, flavour: Flavour) -> EngineRunner:
+def load_engine(plan_path: Path, flavour: Flavour, on_device: Collection[str] = ()) -> EngineRunner:
     """Load a plan for repeated runs on the GPU of this machine.
 
     Args:
         plan_path: what `build` or `build_engine.sh` wrote.
         flavour: the one that built it.
+        on_device: names of outputs that stay in GPU memory, to be fed to another engine as they are.
 
     Raises:
         Pi05cError: no GPU, the flavour is not installed, or the plan does not load on this GPU.
@@ -615,7 +626,7 @@ def load_engine(plan_path: Path, flavour: Flavour) -> EngineRunner:
             f"{plan_path} does not load on this GPU (compute capability {here}) with {flavour.product} "
             f"{installed_version(flavour)}: build it here with `pi05c build`"
         ) from error
-    return EngineRunner(runner)
+    return EngineRunner(runner, on_device)
 
 
 __all__ = [

@@ -90,7 +90,7 @@ def parse(text: str, presets: dict[str, tuple[str, ...]]) -> tuple[Step, ...]:
         UsageError: an unknown pass, preset or option, a malformed item, or an order that a pass forbids.
     """
     steps: list[Step] = []
-    for item in _items(text):
+    for item in items(text):
         match = _ITEM.match(item)
         if match is None:
             raise UsageError(f"{item!r} in --passes is malformed: write name, -name or name{{option=value}}")
@@ -191,8 +191,8 @@ def _wanted(model: Model, steps: Sequence[Step]) -> list[str]:
     return list(names)
 
 
-def _items(text: str) -> Iterator[str]:
-    """Split at commas outside braces."""
+def items(text: str) -> Iterator[str]:
+    """Pipeline text, split at commas outside braces."""
     depth, item = 0, ""
     for character in text:
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -13,7 +13,7 @@ from pi05c.backend import tensorrt
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.targets import Flavour, Target, parse_targets, target_of, unsupported
 from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
-from pi05c.folder import FAILED_BUILD, GRAPH, PLAN, REPORT
+from pi05c.folder import FAILED_BUILD, GRAPH, PLAN, REPORT, inside
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
 from pi05c.manifest import (
     EngineRecord,
@@ -185,14 +185,14 @@ def engine_record(builder: Builder, *, reason: str | None = None) -> EngineRecor
     )
 
 
-def built(record: EngineRecord, result: BuildResult) -> EngineRecord:
-    """What the manifest says of a plan."""
+def built(record: EngineRecord, result: BuildResult, place: str = "") -> EngineRecord:
+    """What the manifest says of the plan of a place."""
     return record.model_copy(
         update={
             "targets": [target.name for target in result.targets],
             "flavour": result.flavour.value,
             "version": result.version,
-            "file": PLAN,
+            "file": inside(place, PLAN),
             "seconds": round(result.seconds, 3),
             "reason": None,
         }
@@ -270,18 +270,29 @@ def build(
     if builder.obstacle is not None:
         raise Pi05cError(f"{builder.obstacle}: run this on the device, or name another --target or --backend")
     refuse_without_profile(builder, manifest.inputs)
-    refuse_unsupported(builder.targets, dtypes_of(load(folder / GRAPH).graph))
-    partial = folder / f".{PLAN}.new"
+    places = manifest.places
+    for place in places:
+        refuse_unsupported(builder.targets, dtypes_of(load(folder / place / GRAPH).graph))
+    partials = {place: folder / place / f".{PLAN}.new" for place in places}
+    results = {}
     try:
-        with progress.stage("build the engine") as update:
-            result = build_plan(folder, partial, builder.options, update)
-        files = {name: record for name, record in manifest.files.items() if name not in (PLAN, REPORT)}
-        write_manifest(folder, manifest.model_copy(update={"engine": engine_record(builder), "files": files}))
-        partial.replace(folder / PLAN)
+        for place, partial in partials.items():
+            with progress.stage(f"build the engine{place and f' of {place}'}") as update:
+                results[place] = build_plan(folder / place, partial, builder.options, update)
+        plans = [inside(place, PLAN) for place in places]
+        files = {name: record for name, record in manifest.files.items() if name not in (*plans, REPORT)}
+        manifest = manifest.model_copy(update={"engine": engine_record(builder), "files": files})
+        for place in places:
+            manifest = manifest.with_engine(place, engine_record(builder))
+        write_manifest(folder, manifest)
+        for place, partial in partials.items():
+            partial.replace(folder / place / PLAN)
     finally:
-        partial.unlink(missing_ok=True)
-    files[PLAN] = file_record(folder / PLAN)
-    manifest = manifest.model_copy(update={"engine": built(engine_record(builder), result)})
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    for place, result in results.items():
+        files[inside(place, PLAN)] = file_record(folder / place / PLAN)
+        manifest = manifest.with_engine(place, built(engine_record(builder), result, place))
     write_report(folder, manifest)
     files[REPORT] = file_record(folder / REPORT)
     manifest = manifest.model_copy(update={"files": files})

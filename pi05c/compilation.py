@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,9 @@ from pi05c.building import (
     refuse_unsupported,
     refuse_without_profile,
 )
-from pi05c.calibration import cached_ranges
-from pi05c.comparison import Comparison, compare
+from pi05c.chain import load_chain
+from pi05c.comparison import Comparison, OutputError, compare
+from pi05c.extraction import Grouping, PartGraph
 from pi05c.fitting import fitting, planned_inputs
 from pi05c.folder import (
     GRAPH,
@@ -34,10 +36,10 @@ from pi05c.folder import (
     rejected,
     scratch,
 )
-from pi05c.graph.errors import BuildError, Pi05cError, VerificationError
-from pi05c.graph.io import Model, load, save
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.errors import BuildError, Pi05cError, UsageError, VerificationError
+from pi05c.graph.io import load, save
 from pi05c.graph.runner import Array
+from pi05c.handover import narrow_borders
 from pi05c.inspection import data_files, source_of, tensor_records, with_fixed
 from pi05c.manifest import (
     FORMAT,
@@ -45,9 +47,8 @@ from pi05c.manifest import (
     EngineRecord,
     ErrorRecord,
     Manifest,
-    PassRecord,
+    PartRecord,
     PipelineRecord,
-    SkipRecord,
     TensorRecord,
     VerificationRecord,
     file_records,
@@ -57,12 +58,18 @@ from pi05c.passes import PRESETS, pipeline
 from pi05c.precision import default_limit, dtypes_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
-from pi05c.samples import Samples, find_samples, save_samples, split
+from pi05c.rewriting import Piece, rewrite
+from pi05c.samples import Samples, find_samples, save_samples
+from pi05c.samples import split as hold_back
+from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of, run_plain
 
 _RECORDED_VERSIONS = ("pi05c", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "ml_dtypes")
 
 Outputs = list[dict[str, Array]]
-"""Outputs by name, one mapping a sample."""
+"""Tensors by name, one mapping a sample."""
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""Runs a graph, or several in a chain, on one sample."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def compile(
     output: Path | str,
     *,
     passes: str = "default",
+    split: str | None = None,
     calibration: Sequence[Path | str] = (),
     target: str | None = None,
     backend: str | None = None,
@@ -98,7 +106,8 @@ def compile(
     Args:
         model: the plain graph.
         output: the folder to write; an engine folder that is there is replaced in one step.
-        passes: pipeline text.
+        passes: pipeline text; of a split engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
+        split: parts that become one engine each, `vision,prefix+denoise`; None for one engine.
         calibration: .npz files or folders of samples, or the word `synthetic`; see `find_samples`.
         target: GPUs to build for, `sm120,sm89`; None for the one at hand.
         backend: `tensorrt-rtx`, `tensorrt`, `onnxruntime` for a folder without a plan, None to choose.
@@ -120,9 +129,13 @@ def compile(
             "pi05c build makes the plan of an engine folder"
         )
     refuse_limit(max_error)
-    steps = pipeline.parse(passes, PRESETS)
+    grouping = None if split is None else parse_split(split)
+    by_part = _passes_of(passes, grouping)
+    steps = [step for chosen in by_part.values() for step in chosen.steps]
     builder = choose(backend, target, build_options)
     refuse_unsupported(builder.targets, {name for step in steps for name in step.spec.formats})
+    if grouping is not None and builder.options is not None and builder.options.profiles:
+        raise UsageError("--shapes cannot be given with --split: parts hand over tensors of fixed sizes")
     if builder.chosen:
         progress.note(builder.chosen)
     with progress.stage("load"):
@@ -130,6 +143,7 @@ def compile(
         given = [Path(item) for item in calibration if str(item) != "synthetic"]
         check_output(output, inputs=[path, *data_files(plain), *given])
         inputs, outputs = tensor_records(plain.graph.inputs), tensor_records(plain.graph.outputs)
+        parts = None if grouping is None else cut(path, grouping)
         refuse_without_profile(builder, inputs)
         fixed = planned_inputs(plain, steps)
         found = find_samples(plain, calibration)
@@ -140,7 +154,7 @@ def compile(
             f"{len(found) - len(samples)} of {len(found)} samples do not fit what the graph is specialized for and are "
             "left out"
         )
-    measured, held_back = split(samples) if samples is not None else (None, None)
+    measured, held_back = hold_back(samples) if samples is not None else (None, None)
     if samples is not None and samples.synthetic:
         progress.warn(
             f"ranges come from made-up samples ({samples.source}): record some before a robot moves"
@@ -149,75 +163,59 @@ def compile(
         held_back = measured
         progress.warn("there is one sample only: it serves both calibration and verification")
 
-    calibrated = False
     with scratch(output) as work:
-        reference = _run_all(path, _fed(plain, held_back), progress, "run the plain graph")
-
-        def calibrate(current: Model, tensors: Sequence[str]) -> Ranges | None:
-            fed = _fed(current, measured)
-            if fed is None:
-                return None
-            nonlocal calibrated
-            calibrated = True
-            with progress.stage("calibrate") as update:
-                return cached_ranges(
-                    current,
-                    tensors,
-                    fed,
-                    cache,
-                    scratch=work.folder,
-                    progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
-                )
-
-        with progress.stage("passes") as update:
-            results = pipeline.run(
-                plain,
-                steps,
-                calibrate=calibrate,
-                before_step=lambda step: update(None, step.spec.name),
-            )
-        for step in steps:
-            if measured is None and step.spec.ranges is not None:
-                progress.warn(
-                    f"{step.spec.name} ran without ranges, so activations are not guarded against overflow: give "
-                    "--calibration FILE.npz"
-                )
-        refuse_unsupported(builder.targets, dtypes_of(plain.graph))
-        with progress.stage("write the graph"):
-            plain.metadata["pi05c.pipeline"] = ",".join(step.text for step in steps)
-            save(plain, work.folder / GRAPH)
-        precision = precision_of(plain.graph)
+        if parts is None:
+            pieces = [Piece("", plain, passes, by_part[""].steps, measured)]
+            reference = _run_all(lambda: _runs(path), held_back, progress, "run the plain graph")
+        else:
+            run = _plain_run(path, parts, steps, measured, held_back, progress)
+            pieces = pieces_of(parts, by_part, measured, run.measured, work.folder)
+            reference = run.held_back
+        rewritten = [rewrite(piece, progress, cache=cache, scratch=work.folder) for piece in pieces]
+        narrow_borders([piece.model for piece in pieces])
+        for piece in pieces:
+            refuse_unsupported(builder.targets, dtypes_of(piece.model.graph))
+        for piece in pieces:
+            with progress.stage(piece.title("write the graph")):
+                save(piece.model, work.folder / piece.place / GRAPH)
+        precision = precision_of(*(piece.model.graph for piece in pieces))
         limit = max_error
         if limit is None:
             limit = default_limit(precision, weights_random=source.weights_random)
-        simulated = _run_all(work.folder / GRAPH, _fed(plain, held_back), progress, "run the rewritten graph")
+        simulated = _run_all(
+            lambda: _simulation(work.folder, pieces, outputs), held_back, progress, "run the rewritten graph"
+        )
         verification = None
         if held_back is not None:
-            verification = verification_record(compare(reference, simulated), limit)
+            actions = _only(reference, [record.name for record in outputs])
+            verification = verification_record(compare(actions, simulated), limit)
             save_samples(
                 work.folder / SAMPLES,
-                [{**held_back[i], **reference[i]} for i in range(len(held_back))],
+                [{**held_back[i], **actions[i]} for i in range(len(held_back))],
                 synthetic=held_back.synthetic,
             )
-            inputs, outputs = _with_ranges(inputs, held_back), _with_ranges(outputs, reference)
+            inputs, outputs = _with_ranges(inputs, held_back), _with_ranges(outputs, actions)
         else:
             progress.warn("there are no samples, so nothing was verified: give --calibration FILE.npz")
         manifest = Manifest(
             format=FORMAT,
             versions={name: _version(name) for name in _RECORDED_VERSIONS},
             source=source,
-            pipeline=PipelineRecord(
-                requested=passes,
-                resolved=",".join(step.text for step in steps),
-                passes=[_pass_record(result) for result in results],
-            ),
+            pipeline=rewritten[0].pipeline if parts is None else _asked(passes, pieces),
             inputs=with_fixed(inputs, fixed),
             outputs=outputs,
             precision=precision,
-            calibration=_calibration_record(samples, measured) if calibrated else None,
+            calibration=_calibration_record(samples, measured)
+            if any(result.calibrated for result in rewritten)
+            else None,
             verification=verification,
             engine=engine_record(builder),
             files={},
+            parts=[
+                _part_record(piece, result.pipeline, engine_record(builder), outputs, reference, simulated)
+                for piece, result in zip(pieces, rewritten, strict=True)
+                if piece.place
+            ],
         )
         if verification is not None and not verification.passed:
             worst = verification.worst()
@@ -227,8 +225,7 @@ def compile(
                 f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}: the result {kept} and must not be "
                 "deployed; leave out passes, or raise --max-error if this is acceptable"
             )
-        engine = _build(work, output, builder, manifest, progress)
-        manifest = manifest.model_copy(update={"engine": engine})
+        manifest = _build(work, output, builder, manifest, progress)
         with progress.stage("publish"):
             manifest = _publish(work, output, manifest)
     return CompileResult(output, manifest, {stage.title: stage.seconds for stage in progress.stages})
@@ -237,65 +234,174 @@ def compile(
 def verification_record(comparison: Comparison, limit: float) -> VerificationRecord:
     """A comparison as the manifest holds it."""
     return VerificationRecord(
-        limit=limit,
-        passed=comparison.passes(limit),
-        errors=[
-            ErrorRecord(
-                sample=error.sample,
-                output=error.output,
-                relative_l2=error.relative_l2,
-                cosine=error.cosine,
-                sqnr_db=error.sqnr_db if math.isfinite(error.sqnr_db) else None,
-                max_abs=error.max_abs,
-            )
-            for error in comparison.errors
-        ],
+        limit=limit, passed=comparison.passes(limit), errors=_error_records(comparison.errors)
     )
 
 
-def _fed(model: Model, samples: Samples | None) -> Samples | None:
-    """The samples without what is no input of the model."""
-    return None if samples is None else samples.only(tensor.name for tensor in model.graph.inputs)
+def _error_records(errors: Sequence[OutputError]) -> list[ErrorRecord]:
+    return [
+        ErrorRecord(
+            sample=error.sample,
+            output=error.output,
+            relative_l2=error.relative_l2,
+            cosine=error.cosine,
+            sqnr_db=error.sqnr_db if math.isfinite(error.sqnr_db) else None,
+            max_abs=error.max_abs,
+        )
+        for error in errors
+    ]
 
 
-def _run_all(path: Path, samples: Samples | None, progress: Progress, title: str) -> Outputs:
+def _passes_of(text: str, grouping: Grouping | None) -> dict[str, PartPasses]:
+    """The passes of each piece, by its place."""
+    if grouping is not None:
+        return parse_part_passes(text, grouping)
+    return {"": PartPasses(text, pipeline.parse(text, PRESETS))}
+
+
+def _runs(path: Path) -> Run:
+    """Runs a graph on samples that may hold more than it takes, such as inputs that were fixed."""
+    runner = load_runner(path)
+    names = [spec.name for spec in runner.inputs]
+    return lambda sample: runner.run({name: sample[name] for name in names})
+
+
+def _simulation(folder: Path, pieces: Sequence[Piece], outputs: Sequence[TensorRecord]) -> Run:
+    """What runs the rewritten graphs in onnxruntime."""
+    if len(pieces) == 1 and not pieces[0].place:
+        return _runs(folder / GRAPH)
+    return load_chain(folder, [piece.place for piece in pieces], [record.name for record in outputs]).run_all
+
+
+@dataclass(frozen=True)
+class _PlainRun:
+    """What the plain graph gave, borders included; None where nothing is calibrated."""
+
+    measured: Outputs | None
+    held_back: Outputs
+
+
+def _plain_run(
+    path: Path,
+    parts: Sequence[PartGraph],
+    steps: Sequence[pipeline.Step],
+    measured: Samples | None,
+    held_back: Samples | None,
+    progress: Progress,
+) -> _PlainRun:
+    """Run the whole plain graph once a sample, for verification and for what parts are calibrated on."""
+    if measured is None or held_back is None:
+        return _PlainRun(None, [])
+    if not any(step.spec.ranges is not None for step in steps):
+        return _PlainRun(None, run_plain(path, parts, held_back, progress))
+    if held_back is measured:
+        spaces = run_plain(path, parts, measured, progress)
+        return _PlainRun(spaces, spaces)
+    spaces = run_plain(path, parts, [*measured, *held_back], progress)
+    return _PlainRun(spaces[: len(measured)], spaces[len(measured) :])
+
+
+def _run_all(load: Callable[[], Run], samples: Samples | None, progress: Progress, title: str) -> Outputs:
     if samples is None:
         return []
     with progress.stage(title) as update:
-        runner = load_runner(path)
+        run = load()
         results = []
         for index, sample in enumerate(samples):
             update(index / len(samples), f"sample {index + 1} of {len(samples)}")
-            results.append(runner.run(sample))
+            results.append(run(sample))
         return results
 
 
-def _build(
-    work: Scratch, output: Path, builder: Builder, manifest: Manifest, progress: Progress
-) -> EngineRecord:
-    record = manifest.engine
+def _only(spaces: Outputs, names: Sequence[str]) -> Outputs:
+    """Some tensors of each sample; those that it lacks are left out."""
+    return [{name: space[name] for name in names if name in space} for space in spaces]
+
+
+def _asked(passes: str, pieces: Sequence[Piece]) -> PipelineRecord:
+    """What was asked for of a split engine; what the passes did is told part by part."""
+    resolved = ",".join(f"{piece.place}={','.join(step.text for step in piece.steps)}" for piece in pieces)
+    return PipelineRecord(requested=passes, resolved=resolved, passes=[])
+
+
+def _part_record(
+    piece: Piece,
+    record: PipelineRecord,
+    engine: EngineRecord,
+    policy_outputs: Sequence[TensorRecord],
+    reference: Outputs,
+    simulated: Outputs,
+) -> PartRecord:
+    """What the manifest says of a part; its errors are those of what it hands over."""
+    graph = piece.model.graph
+    inputs, outputs = tensor_records(graph.inputs), tensor_records(graph.outputs)
+    own = {record.name for record in policy_outputs}
+    handed = _only(reference, [record.name for record in outputs if record.name not in own])
+    errors = compare(handed, simulated).errors if any(handed) else ()
+    return PartRecord(
+        name=piece.place,
+        pipeline=record,
+        inputs=_with_ranges(inputs, reference),
+        outputs=_with_ranges(outputs, reference),
+        precision=precision_of(graph),
+        errors=_error_records(errors),
+        engine=engine,
+    )
+
+
+def _build(work: Scratch, output: Path, builder: Builder, manifest: Manifest, progress: Progress) -> Manifest:
+    """Make the plans, or the scripts that make them; the manifest with them."""
     if builder.options is None:
-        return record
+        return manifest
     if builder.obstacle is not None:
-        script = work.folder / SCRIPT
-        script.write_text(trtexec_script(GRAPH, builder.targets, builder.options), encoding="utf-8")
-        script.chmod(0o755)
+        for place in manifest.places:
+            text = trtexec_script(GRAPH, builder.targets, builder.options)
+            _write_script(work.folder / place / SCRIPT, text)
+        if manifest.parts:
+            _write_script(work.folder / SCRIPT, _all_parts_script(manifest.places))
         progress.note(f"{builder.obstacle}: {SCRIPT} in the folder makes the plan on the device")
-        return record
-    with progress.stage("build the engine") as update:
-        try:
-            return built(record, build_plan(work.folder, work.folder / PLAN, builder.options, update))
-        except BuildError as error:
-            _keep(work, failed(output), manifest, "the builder failed")
-            message = str(error).replace(str(work.folder), str(failed(output)))
-            raise BuildError(message) from error
+        return manifest
+    for place in manifest.places:
+        title = f"build the engine of {place}" if place else "build the engine"
+        folder = work.folder / place
+        with progress.stage(title) as update:
+            try:
+                result = build_plan(folder, folder / PLAN, builder.options, update)
+            except BuildError as error:
+                _keep(work, failed(output), manifest, "the builder failed")
+                message = str(error).replace(str(work.folder), str(failed(output)))
+                raise BuildError(message) from error
+        manifest = manifest.with_engine(place, built(manifest.engine_of(place), result, place))
+    return manifest
+
+
+def _write_script(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+
+
+def _all_parts_script(places: Sequence[str]) -> str:
+    """The script of the folder: runs that of each part."""
+    lines = [f'"$here"/{shlex.quote(place)}/{SCRIPT}' for place in places]
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            "# Builds the plan of every part. Run it on the device.",
+            "set -eu",
+            'here=$(cd "$(dirname "$0")" && pwd)',
+            *lines,
+            "",
+        ]
+    )
 
 
 def _keep(work: Scratch, place: Path, manifest: Manifest, reason: str) -> str:
     """Put what must not be deployed beside its place; the end of a sentence that says where it is."""
-    engine = manifest.engine.model_copy(update={"reason": reason})
+    for name in manifest.places:
+        engine = manifest.engine_of(name).model_copy(update={"reason": reason})
+        manifest = manifest.with_engine(name, engine)
     try:
-        _publish(work, place, manifest.model_copy(update={"engine": engine}))
+        _publish(work, place, manifest)
     except Pi05cError as error:
         return f"is not kept ({error})"
     return f"is kept as {place}"
@@ -307,22 +413,6 @@ def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:
     write_manifest(work.folder, manifest)
     work.publish(place)
     return manifest
-
-
-def _pass_record(result: pipeline.StepResult) -> PassRecord:
-    spec = result.step.spec
-    defaults = {name: parameter.default for name, parameter in spec.options.items()}
-    return PassRecord(
-        name=spec.name,
-        exact=spec.exact,
-        options={**defaults, **result.step.options},
-        changed=len(result.changes),
-        skipped=[SkipRecord(where=skip.where, reason=skip.reason) for skip in result.skips],
-        notes=list(result.notes),
-        seconds=round(result.seconds, 4),
-        nodes_before=result.nodes_before,
-        nodes_after=result.nodes_after,
-    )
 
 
 def _calibration_record(samples: Samples | None, measured: Samples | None) -> CalibrationRecord | None:

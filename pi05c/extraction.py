@@ -237,7 +237,7 @@ class PlainBorders:
 
     def run(self, sample: Mapping[str, Array]) -> dict[str, Array]:
         """The sample, the outputs, and the crossing tensors by their names; x before each step, stacked, as `x`."""
-        given = self._runner.run(sample)
+        given = self._runner.run({spec.name: sample[spec.name] for spec in self._runner.inputs})
         outer = {name: value for name, value in given.items() if name not in self._inner.values()}
         crossing = {name: given[inner] for name, inner in self._inner.items()}
         return {**sample, **outer, **crossing}

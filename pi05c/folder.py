@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pi05c.graph.errors import Pi05cError
@@ -30,8 +30,10 @@ PLAN = "model.engine"
 SCRIPT = "build_engine.sh"
 SAMPLES = "samples.npz"
 REPORT = "report.html"
+TABLE = "table.onnx"
 """The other files: the rewritten graph (its weights in `model.onnx.data`), the TensorRT plan, what makes the plan on a
-device where pi05c cannot, held-back samples with their reference, and the manifest for people."""
+device where pi05c cannot, held-back samples with their reference, the manifest for people, and beside a denoising step
+the graph that makes its rows. Of a split engine, graph and plan lie in a subfolder a part."""
 
 FAILED_BUILD = "failed-build"
 """Subfolder with the log of a failed build and the command that repeats it."""
@@ -68,6 +70,11 @@ def check_output(output: Path, *, inputs: Iterable[Path] = ()) -> None:
         _refuse_foreign_files(output, place)
     elif place.exists():
         raise Pi05cError(f"output {output} is a file, but a folder is written: choose another -o")
+
+
+def inside(place: str, name: str) -> str:
+    """How a manifest names a file of the part `place`; of a whole engine that is the empty text."""
+    return (PurePosixPath(place) / name).as_posix()
 
 
 def rejected(output: Path) -> Path:
@@ -159,8 +166,13 @@ def _refuse_foreign_files(output: Path, place: Path) -> None:
         )
     from pi05c.manifest import read_manifest
 
-    known = {MANIFEST, *_MADE_LATER, *read_manifest(place).files}
-    foreign = sorted(name for name in found - known if not name.startswith(f"{FAILED_BUILD}/"))
+    manifest = read_manifest(place)
+    later = {inside(part, name) for part in ("", *manifest.places) for name in _MADE_LATER}
+    foreign = sorted(
+        name
+        for name in found - {MANIFEST, *later, *manifest.files}
+        if FAILED_BUILD not in PurePosixPath(name).parts[:-1]
+    )
     if foreign:
         raise Pi05cError(
             f"output {output} holds {foreign[0]!r}, which its {MANIFEST} does not name: move it away or choose "
@@ -264,9 +276,11 @@ __all__ = [
     "REPORT",
     "SAMPLES",
     "SCRIPT",
+    "TABLE",
     "Scratch",
     "check_output",
     "failed",
+    "inside",
     "rejected",
     "scratch",
 ]

@@ -75,20 +75,22 @@ def inspect(path: Path | str) -> Inspection:
     """
     path = Path(path)
     manifest = read_manifest(path) if path.is_dir() else None
-    model = load(path / GRAPH if manifest is not None else path)
+    places = [""] if manifest is None else manifest.places
+    models = [load(path / place / GRAPH if manifest is not None else path) for place in places]
+    model = models[0]
+    graphs = [model.graph for model in models]
+    nodes = [node for graph in graphs for scope in scopes(graph) for node in scope.nodes]
     return Inspection(
         path=path,
-        opset=int(model.graph.opset),
-        nodes=sum(len(scope.nodes) for scope in scopes(model.graph)),
-        operators=dict(
-            Counter(node.op for scope in scopes(model.graph) for node in scope.nodes).most_common()
-        ),
+        opset=max(int(graph.opset) for graph in graphs),
+        nodes=len(nodes),
+        operators=dict(Counter(node.op for node in nodes).most_common()),
         inputs=manifest.inputs
         if manifest
         else with_fixed(tensor_records(model.graph.inputs), fixed_inputs(model.metadata)),
         outputs=manifest.outputs if manifest else tensor_records(model.graph.outputs),
-        weights=weight_totals(model.graph),
-        precision=precision_of(model.graph),
+        weights=weight_totals(*graphs),
+        precision=precision_of(*graphs),
         source=manifest.source if manifest else source_of(model, hashed=False),
         manifest=manifest,
         files=_files(path, model) if manifest is None else _folder_files(path),
@@ -119,10 +121,11 @@ def with_fixed(records: Sequence[TensorRecord], fixed: Sequence[FixedInput]) -> 
     return [record.model_copy(update={"fixed": values.get(record.name)}) for record in (*records, *gone)]
 
 
-def weight_totals(graph: gs.Graph) -> list[WeightTotal]:
+def weight_totals(*graphs: gs.Graph) -> list[WeightTotal]:
     """Number and size of the stored weights by type, the largest first."""
     constants = {
         id(tensor): tensor
+        for graph in graphs
         for scope in scopes(graph)
         for node in scope.nodes
         for tensor in node.inputs
@@ -184,4 +187,5 @@ def _files(path: Path, model: Model) -> dict[str, int]:
 
 
 def _folder_files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

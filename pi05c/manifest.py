@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pi05c.folder import MANIFEST
 from pi05c.graph.errors import Pi05cError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever an older pi05c could not read what this one writes."""
 
 _READ_BYTES = 2**24
@@ -178,10 +178,34 @@ class EngineRecord(_Record):
     reason: str | None = None
 
 
-class Manifest(_Record):
-    """Everything a robot's operator must know about an engine folder."""
+class PartRecord(_Record):
+    """One engine of several that make up a policy, in the subfolder of its name.
 
-    format: Literal[1]
+    Attributes:
+        name: its parts, joined by `+`; `step` is run once for each denoising step.
+        inputs: those of the policy that it takes, and what earlier parts hand over, in the type in which both sides
+            have it.
+        outputs: what it hands over, and the outputs of the policy that it makes.
+        errors: departure of what it hands over from the plain graph, all parts before it rewritten too.
+    """
+
+    name: str
+    pipeline: PipelineRecord
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    precision: list[PrecisionRecord]
+    errors: list[ErrorRecord]
+    engine: EngineRecord
+
+
+class Manifest(_Record):
+    """Everything a robot's operator must know about an engine folder.
+
+    Of a split engine `parts` holds one record a part, in order of execution. `pipeline` then says what was asked for,
+    without passes of its own, and `engine` what the plans share, without a file.
+    """
+
+    format: Literal[2]
     versions: dict[str, str]
     source: SourceRecord
     pipeline: PipelineRecord
@@ -192,6 +216,25 @@ class Manifest(_Record):
     verification: VerificationRecord | None
     engine: EngineRecord
     files: dict[str, FileRecord]
+    parts: list[PartRecord] = Field(default_factory=list)
+
+    @property
+    def places(self) -> list[str]:
+        """The subfolders that hold a graph each; the empty text for the folder itself."""
+        return [part.name for part in self.parts] or [""]
+
+    def engine_of(self, place: str) -> EngineRecord:
+        """The plan of a place."""
+        return next((part.engine for part in self.parts if part.name == place), self.engine)
+
+    def with_engine(self, place: str, engine: EngineRecord) -> Manifest:
+        """This manifest with another plan of a place."""
+        if not place:
+            return self.model_copy(update={"engine": engine})
+        parts = [
+            part.model_copy(update={"engine": engine}) if part.name == place else part for part in self.parts
+        ]
+        return self.model_copy(update={"parts": parts})
 
 
 def read_manifest(folder: Path) -> Manifest:

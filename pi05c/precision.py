@@ -47,15 +47,17 @@ size, where float16 stays within its limit.
 """
 
 
-def precision_of(graph: gs.Graph) -> list[PrecisionRecord]:
-    """Count operators by part, kind and type. A MatMul between two DequantizeLinear computes in what they read.
+def precision_of(*graphs: gs.Graph) -> list[PrecisionRecord]:
+    """Count operators by part, kind and type, of all graphs that make up a policy. A MatMul between two DequantizeLinear computes in what they read.
 
     A type that is spelled `float16 x float8e4m3fn` is that of a MatMul with one side quantized; `mixed` stands for
     a norm, softmax or RoPE whose nodes compute in several types.
     """
-    parts = parts_of(graph)
-    counts = Counter((parts[id(node)], kind, dtype) for node, kind, dtype in _operators(graph))
-    order = {part: index for index, part in enumerate(PARTS)}
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for graph in graphs:
+        parts = parts_of(graph)
+        counts.update((parts[id(node)], kind, dtype) for node, kind, dtype in _operators(graph))
+    order: dict[str, int] = {part: index for index, part in enumerate(PARTS)}
     return [
         PrecisionRecord(part=part, kind=kind, dtype=dtype, count=count)
         for (part, kind, dtype), count in sorted(

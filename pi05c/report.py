@@ -21,6 +21,13 @@ def write_report(folder: Path, manifest: Manifest) -> None:
     )
     environment.globals["skips"] = grouped_skips
     environment.globals["columns"] = precision_columns(manifest)
+    environment.globals["pipelines"] = [(part.name, part.pipeline) for part in manifest.parts] or [
+        ("", manifest.pipeline)
+    ]
+    environment.globals["errors"] = [
+        *(manifest.verification.errors if manifest.verification is not None else ()),
+        *(error for part in manifest.parts for error in part.errors),
+    ]
     text = environment.get_template("report.html").render(m=manifest, precision=precision_rows(manifest))
     (folder / REPORT).write_text(text, encoding="utf-8")
 

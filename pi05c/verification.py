@@ -10,13 +10,15 @@ from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
 from pi05c.backend.targets import Flavour
-from pi05c.backend.tensorrt import load_engine
+from pi05c.backend.tensorrt import EngineRunner, load_engine
+from pi05c.chain import load_chain
 from pi05c.comparison import Comparison, compare
+from pi05c.extraction import NEXT_STATE
 from pi05c.fitting import refuse_unfit
 from pi05c.folder import GRAPH, PLAN, SAMPLES
 from pi05c.graph.dtypes import to_numpy
-from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import load
+from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.io import Model, load
 from pi05c.graph.runner import Array, Runner
 from pi05c.graph.specialization import fixed_inputs
 from pi05c.manifest import Manifest, check_files, read_manifest
@@ -60,13 +62,23 @@ class Verdict:
 
 
 def run(
-    path: Path | str, inputs: Path | str, output: Path | str, *, progress: Progress | None = None
+    path: Path | str,
+    inputs: Path | str,
+    output: Path | str,
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> RunResult:
     """Run an engine folder or an ONNX file on the samples of an .npz file and write the outputs to another.
 
-    The engine runs where it can. Where there is a GPU and it does not load, its graph runs, with a warning.
+    The engine runs where it can; of a split one its parts, one after the other. Where there is a GPU and it does not
+    load, its graph runs, with a warning.
+
+    Args:
+        steps: denoising steps, of a folder with a step of its own; None for as many as the model was exported with.
 
     Raises:
+        UsageError: `steps` is given and the steps are inside an engine, or it is not positive.
         Pi05cError: the folder, the samples or the output file cannot be used.
     """
     path, output = Path(path), Path(output)
@@ -76,21 +88,26 @@ def run(
     if output.is_dir() or not output.parent.is_dir():
         raise Pi05cError(f"{output} cannot be written: name a file in a folder that exists with -o")
     engine: Runner | None = None
-    if path.is_dir():
+    manifest = read_manifest(path) if path.is_dir() else None
+    if steps is not None and (manifest is None or not manifest.parts):
+        raise UsageError(
+            f"--steps cannot change the denoising steps of {path}, which are inside its graph: compile it with "
+            "--split vision+prefix,step"
+        )
+    if manifest is not None:
         try:
-            engine, _ = _engine(path, read_manifest(path))
+            engine, _ = _engine(path, manifest, steps)
         except Pi05cError as error:
-            if not (path / PLAN).is_file():
+            if not all((path / place / PLAN).is_file() for place in manifest.places):
                 raise
             progress.warn(str(error))
-    graph = path / GRAPH if path.is_dir() else path
-    model = load(graph)
-    specs = input_specs(model)
+    model = _model(path, manifest)
+    specs = _input_specs(model, manifest)
     samples = load_samples([Path(inputs)], specs, fixed_specs(model))
     refuse_unfit(samples, fixed_inputs(model.metadata))
     ran = SIMULATION if engine is None else ENGINE
     with progress.stage(f"run {ran}") as update:
-        results = _results(engine or load_runner(graph), samples, specs, update)
+        results = _results(engine or _simulation(path, manifest, steps), samples, specs, update)
     save_samples(output, results)
     return RunResult(ran, output, len(samples))
 
@@ -125,9 +142,9 @@ def verify(
         raise Pi05cError(
             f"there is no {path} to verify against: name inputs with reference outputs with --samples FILE.npz"
         )
-    model = load(folder / GRAPH)
     wanted = [_spec(record.name, record.dtype, record.shape) for record in manifest.outputs]
-    specs = input_specs(model)
+    model = _model(folder, manifest)
+    specs = _input_specs(model, manifest)
     found = load_samples([path], specs, [*wanted, *fixed_specs(model)])
     refuse_unfit(found, fixed_inputs(model.metadata))
     names = [spec.name for spec in wanted]
@@ -135,7 +152,7 @@ def verify(
     if not all(reference):
         raise Pi05cError(f"{path} holds no reference outputs ({', '.join(names)}): give samples that do")
     with progress.stage(f"run {SIMULATION}") as update:
-        simulated = compare(reference, _results(load_runner(folder / GRAPH), found, specs, update))
+        simulated = compare(reference, _results(_simulation(folder, manifest), found, specs, update))
     engine, reason = _engine(folder, manifest)
     measured = None
     if engine is not None:
@@ -158,15 +175,45 @@ def _results(
     return results
 
 
-def _engine(folder: Path, manifest: Manifest) -> tuple[Runner | None, str | None]:
-    """The folder's plan, loaded, or why it does not run here."""
-    if not (folder / PLAN).is_file():
-        return None, f"{folder} has no {PLAN} yet"
+def _model(path: Path, manifest: Manifest | None) -> Model:
+    """The graph, or that of the first part."""
+    return load(path if manifest is None else path / manifest.places[0] / GRAPH)
+
+
+def _input_specs(model: Model, manifest: Manifest | None) -> tuple[TensorSpec, ...]:
+    """What is fed to a policy: of a split one, what its parts take together and none of them makes."""
+    if manifest is None or not manifest.parts:
+        return input_specs(model)
+    return tuple(_spec(record.name, record.dtype, record.shape) for record in manifest.inputs if record.fed)
+
+
+def _simulation(path: Path, manifest: Manifest | None, steps: int | None = None) -> Runner:
+    """The graph, or the graphs of all parts, in onnxruntime."""
+    if manifest is None or not manifest.parts:
+        return load_runner(path if manifest is None else path / GRAPH)
+    return load_chain(path, manifest.places, [record.name for record in manifest.outputs], steps=steps)
+
+
+def _engine(folder: Path, manifest: Manifest, steps: int | None = None) -> tuple[Runner | None, str | None]:
+    """The folder's plans, loaded, or why they do not run here."""
+    for place in manifest.places:
+        if not (folder / place / PLAN).is_file():
+            return None, f"{folder / place} has no {PLAN} yet"
     if not compute_capabilities():
         return None, "this machine has no NVIDIA GPU"
     if manifest.engine.flavour is None:
         return None, f"{folder} was compiled without a plan"
-    return load_engine(folder / PLAN, Flavour(manifest.engine.flavour)), None
+    flavour = Flavour(manifest.engine.flavour)
+    if not manifest.parts:
+        return load_engine(folder / PLAN, flavour), None
+    handed = {record.name for part in manifest.parts for record in part.outputs} - {NEXT_STATE}
+    handed -= {record.name for record in manifest.outputs}
+    outputs = [record.name for record in manifest.outputs]
+
+    def load_part(place: str) -> EngineRunner:
+        return load_engine(folder / place / PLAN, flavour, on_device=handed)
+
+    return load_chain(folder, manifest.places, outputs, steps=steps, load=load_part), None
 
 
 def _spec(name: str, dtype: str, shape: list[int | str]) -> TensorSpec:

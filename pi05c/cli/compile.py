@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pi05c.cli.app import Backend, Calibration, Debug, Json, MaxError, Quiet, Target, Verbose, app
-from pi05c.cli.output import console, engine_line, make_progress, print_json, show_precision
+from pi05c.cli.output import console, engine_lines, make_progress, print_json, show_precision
 
 if TYPE_CHECKING:
     from pi05c.manifest import Manifest
@@ -22,6 +22,12 @@ def compile_command(
         str,
         typer.Option(help="default, fp16, exact, none; `default,-pin_fp32`; `a,b{option=value}`."),
     ] = "default",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="One engine a part: vision,prefix,denoise; vision,prefix+denoise; vision+prefix,step."
+        ),
+    ] = None,
     calibration: Calibration = None,
     target: Target = None,
     backend: Backend = None,
@@ -57,6 +63,7 @@ def compile_command(
         model,
         output,
         passes=passes,
+        split=split,
         calibration=calibration or (),
         target=target,
         backend=backend,
@@ -111,7 +118,8 @@ def build(
     if json_:
         print_json({"folder": str(folder), **manifest.model_dump(mode="json")})
     elif not quiet:
-        typer.echo(engine_line(folder, manifest))
+        for line in engine_lines(folder, manifest):
+            typer.echo(line)
 
 
 def _show_compiled(folder: Path, manifest: Manifest) -> None:
@@ -119,11 +127,15 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
 
     screen = console()
     table = Table(box=None, padding=(0, 2, 0, 0))
+    if manifest.parts:
+        table.add_column("part")
     table.add_column("pass")
     for title in ("changed", "skipped", "nodes", "seconds"):
         table.add_column(title, justify="right")
-    for record in manifest.pipeline.passes:
+    places = [([part.name], part.pipeline) for part in manifest.parts] or [([], manifest.pipeline)]
+    for place, record in [(place, record) for place, pipeline in places for record in pipeline.passes]:
         table.add_row(
+            *place,
             record.name,
             str(record.changed),
             str(len(record.skipped)),
@@ -137,6 +149,10 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
         used = manifest.calibration
         kind = "made-up samples" if used.synthetic else "samples"
         screen.print(f"\ncalibrated on {used.used} {kind} of {used.source}", markup=False)
+    for part in manifest.parts:
+        for output in dict.fromkeys(error.output for error in part.errors):
+            errors = [error.relative_l2 for error in part.errors if error.output == output]
+            screen.print(f"{part.name} hands over {output}: relative L2 {max(errors):.4g}", markup=False)
     if manifest.verification is not None:
         worst = manifest.verification.worst()
         ratio = "equal" if worst.sqnr_db is None else f"{worst.sqnr_db:.1f} dB"
@@ -146,4 +162,5 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
             f"max abs {worst.max_abs:.3g}",
             markup=False,
         )
-    screen.print(engine_line(folder, manifest), markup=False)
+    for line in engine_lines(folder, manifest):
+        screen.print(line, markup=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pi05c.cli.app import Debug, Json, app
-from pi05c.cli.output import console, engine_line, print_json, show_precision
+from pi05c.cli.output import console, engine_lines, print_json, show_precision
 
 
 @app.command("passes")
@@ -68,7 +68,14 @@ def inspect(
         screen.print(f"robot: {json.dumps(source.robot)}", markup=False)
     if found.manifest is not None:
         screen.print(f"pipeline: {found.manifest.pipeline.resolved or 'none'}", markup=False)
-        screen.print(engine_line(path, found.manifest), markup=False)
+        for part in found.manifest.parts:
+            screen.print(f"part {part.name}", markup=False)
+            for role, records in (("input", part.inputs), ("output", part.outputs)):
+                for record in records:
+                    shape = ",".join(map(str, record.shape))
+                    screen.print(f"  {role:6} {record.name}: {record.dtype}[{shape}]", markup=False)
+        for line in engine_lines(path, found.manifest):
+            screen.print(line, markup=False)
     for name, size in found.files.items():
         screen.print(f"  {name}: {size:,} bytes", markup=False)
 

@@ -51,10 +51,15 @@ def show_errors(title: str, comparison: Comparison) -> None:
     console().print(table)
 
 
-def engine_line(folder: Path, manifest: Manifest) -> str:
-    engine = manifest.engine
+def engine_lines(folder: Path, manifest: Manifest) -> list[str]:
+    """What there is of each plan."""
+    return [_engine_line(folder / place, folder, manifest, place) for place in manifest.places]
+
+
+def _engine_line(where: Path, folder: Path, manifest: Manifest, place: str) -> str:
+    engine = manifest.engine_of(place)
     if engine.file is None:
-        return f"{folder}: no plan ({engine.reason})"
+        return f"{where}: no plan ({engine.reason})"
     size = manifest.files[engine.file].bytes / 1e6
     seconds = "" if engine.seconds is None else f", built in {engine.seconds:.1f} s"
     return f"{folder / engine.file}: {size:,.1f} MB for {', '.join(engine.targets)}{seconds}"

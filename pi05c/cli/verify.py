@@ -17,6 +17,9 @@ def run(
     path: Annotated[Path, typer.Argument(help="An engine folder or an ONNX file.")],
     inputs: Annotated[Path, typer.Option(help="Samples (.npz): one, or many along a leading axis.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file of outputs to write.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps, of a folder whose step is an engine of its own.")
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -25,7 +28,7 @@ def run(
     """Run an engine on its GPU, else its graph in onnxruntime, saying which."""
     from pi05c.verification import run
 
-    result = run(path, inputs, output, progress=make_progress(quiet, verbose))
+    result = run(path, inputs, output, steps=steps, progress=make_progress(quiet, verbose))
     if json_:
         print_json({"ran": result.ran, "output": str(result.output), "samples": result.samples})
     elif not quiet:

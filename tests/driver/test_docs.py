@@ -24,6 +24,7 @@ from pi05c.passes import PRESETS, REGISTRY, graph_pass
 from pi05c.passes.contract import PassContext
 from pi05c.passes.patterns.walk import each_node, made_by, output_ids
 from pi05c.passes.pipeline import Step, parse, run
+from pi05c.splitting import parse_part_passes, parse_split
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -110,8 +111,11 @@ def test_shown_command_lines_exist(invocation: Invocation) -> None:
 @pytest.mark.parametrize("invocation", INVOCATIONS, ids=str)
 def test_shown_values_exist(invocation: Invocation) -> None:
     names = {name for target in TARGETS for name in (target.name, *target.aliases)}
-    for option, value in zip(invocation.words, invocation.words[1:], strict=False):
-        if option == "--passes":
+    options = dict(zip(invocation.words, invocation.words[1:], strict=False))
+    for option, value in options.items():
+        if option == "--passes" and "--split" in options:
+            parse_part_passes(value, parse_split(options["--split"]))
+        elif option == "--passes":
             parse(value, PRESETS)
         elif option == "--target":
             assert set(value.split(",")) <= names

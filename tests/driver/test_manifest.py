@@ -11,7 +11,7 @@ from small_folder import minimal_manifest, write_engine
 
 from pi05c.folder import MANIFEST
 from pi05c.graph.errors import Pi05cError
-from pi05c.manifest import ErrorRecord, VerificationRecord, check_files, read_manifest, write_manifest
+from pi05c.manifest import FORMAT, ErrorRecord, VerificationRecord, check_files, read_manifest, write_manifest
 
 
 def error(sample: int, relative_l2: float) -> ErrorRecord:
@@ -51,7 +51,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 99}, "has format 99, this pi05c reads up to 1"),
+        ({"format": 99}, f"has format 99, this pi05c reads up to {FORMAT}"),
         ({"format": "1"}, "damaged at format"),
         ({"comment": "by hand"}, "damaged at comment"),
         ({"engine": {"targets": "sm120", "flavour": None}}, r"damaged at engine\.targets"),

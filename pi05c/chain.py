@@ -1,0 +1,117 @@
+"""The parts of a split engine, run one after the other as the policy that they were cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pi05c.backend.onnxruntime import load_runner
+from pi05c.backend.signature import TensorSpec
+from pi05c.extraction import NEXT_STATE, ROW, STATE, STEP, StepTable
+from pi05c.folder import GRAPH, TABLE
+from pi05c.graph.errors import UsageError
+from pi05c.graph.runner import Array
+
+
+class StageRunner(Protocol):
+    """A loaded part."""
+
+    inputs: tuple[TensorSpec, ...]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """As `pi05c.graph.runner.Runner`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a chain."""
+
+    name: str
+    runner: StageRunner
+
+
+class Chain:
+    """Runs parts in order; implements `pi05c.graph.runner.Runner`.
+
+    Each part takes its inputs by name from the inputs of the policy and from what earlier parts gave. What engines
+    hand to one another stays on the GPU. A step runs once for each row of its table.
+
+    Args:
+        stages: in order of execution.
+        outputs: what `run` gives.
+        table: of the step, if the last stage is one.
+        steps: denoising steps; None for as many as the policy was exported with.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        outputs: Sequence[str],
+        *,
+        table: StepTable | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._stages = list(stages)
+        self._outputs = list(outputs)
+        self._table = table
+        self._rows = [] if table is None else table.rows(steps)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; see `Runner`."""
+        space = self.run_all(inputs)
+        return {name: space[name] for name in self._outputs}
+
+    def run_all(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; the inputs, what crosses the borders, and the outputs."""
+        space = dict(inputs)
+        for stage in self._stages:
+            names = [spec.name for spec in stage.runner.inputs]
+            if self._table is None or stage.name != STEP:
+                space |= stage.runner.run({name: space[name] for name in names})
+                continue
+            fixed = {name: space[name] for name in names if name not in (STATE, ROW)}
+            x = space[self._table.state]
+            for row in self._rows:
+                given = {**fixed, STATE: x, ROW: row}
+                x = stage.runner.run({name: given[name] for name in names})[NEXT_STATE]
+            space[self._table.result] = x
+        return space
+
+
+def load_chain(
+    folder: Path,
+    parts: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    steps: int | None = None,
+    load: Callable[[str], StageRunner] | None = None,
+) -> Chain:
+    """Load the parts of a split engine.
+
+    Args:
+        folder: the engine folder.
+        parts: the names of its parts.
+        outputs: of the policy.
+        steps: see `Chain`.
+        load: gives the runner of a part by its name; None for its graph in onnxruntime.
+
+    Raises:
+        UsageError: `steps` is given and no part is a step, or it is not positive.
+        Pi05cError: a part does not load.
+    """
+    if steps is not None and STEP not in parts:
+        raise UsageError(
+            f"--steps cannot change the denoising steps of {folder}, which are inside its engine: split off {STEP} "
+            "(--split vision+prefix,step)"
+        )
+    table = StepTable(folder / STEP / TABLE) if STEP in parts else None
+    stages = [
+        Stage(part, load_runner(folder / part / GRAPH) if load is None else load(part)) for part in parts
+    ]
+    return Chain(stages, outputs, table=table, steps=steps)
+
+
+__all__ = ["Chain", "Stage", "load_chain"]

@@ -1,0 +1,115 @@
+"""The way of one graph through the passes: ranges measured on its own samples, every rewrite recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi05c.calibration import cached_ranges
+from pi05c.graph.io import Model
+from pi05c.graph.ranges import Ranges
+from pi05c.manifest import PassRecord, PipelineRecord, SkipRecord
+from pi05c.passes import pipeline
+from pi05c.progress import Progress
+from pi05c.samples import Samples
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A graph that becomes an engine: the whole policy, or a group of its parts.
+
+    Attributes:
+        place: the subfolder that it goes to, which is its name; empty for the whole.
+        model: rewritten in place.
+        requested: its passes as they were asked for.
+        steps: its passes.
+        samples: to measure ranges on; None where there are none.
+    """
+
+    place: str
+    model: Model
+    requested: str
+    steps: tuple[pipeline.Step, ...]
+    samples: Samples | None
+
+    def title(self, what: str) -> str:
+        """What is done, with the part that it is done to."""
+        return f"{what} of {self.place}" if self.place else what
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What the passes did.
+
+    Attributes:
+        calibrated: whether ranges were measured.
+    """
+
+    pipeline: PipelineRecord
+    calibrated: bool
+
+
+def rewrite(piece: Piece, progress: Progress, *, cache: Path | None, scratch: Path) -> Rewritten:
+    """Run a piece's passes on its model.
+
+    Args:
+        cache: folder of measured ranges; None for the user's.
+        scratch: folder for weights that have to be evaluated.
+
+    Raises:
+        Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
+    """
+    calibrated = False
+
+    def calibrate(current: Model, tensors: Sequence[str]) -> Ranges | None:
+        nonlocal calibrated
+        if piece.samples is None:
+            return None
+        calibrated = True
+        fed = piece.samples.only(tensor.name for tensor in current.graph.inputs)
+        with progress.stage(f"calibrate {piece.place}".strip()) as update:
+            return cached_ranges(
+                current,
+                tensors,
+                fed,
+                cache,
+                scratch=scratch,
+                progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
+            )
+
+    with progress.stage(piece.title("passes")) as update:
+        results = pipeline.run(
+            piece.model,
+            piece.steps,
+            calibrate=calibrate,
+            before_step=lambda step: update(None, step.spec.name),
+        )
+    for step in piece.steps:
+        if piece.samples is None and step.spec.ranges is not None:
+            progress.warn(
+                f"{step.spec.name} ran without ranges, so activations are not guarded against overflow: give "
+                "--calibration FILE.npz"
+            )
+    resolved = ",".join(step.text for step in piece.steps)
+    piece.model.metadata["pi05c.pipeline"] = resolved
+    record = PipelineRecord(
+        requested=piece.requested, resolved=resolved, passes=[_pass_record(result) for result in results]
+    )
+    return Rewritten(record, calibrated)
+
+
+def _pass_record(result: pipeline.StepResult) -> PassRecord:
+    spec = result.step.spec
+    defaults = {name: parameter.default for name, parameter in spec.options.items()}
+    return PassRecord(
+        name=spec.name,
+        exact=spec.exact,
+        options={**defaults, **result.step.options},
+        changed=len(result.changes),
+        skipped=[SkipRecord(where=skip.where, reason=skip.reason) for skip in result.skips],
+        notes=list(result.notes),
+        seconds=round(result.seconds, 4),
+        nodes_before=result.nodes_before,
+        nodes_after=result.nodes_after,
+    )

@@ -1,0 +1,161 @@
+"""A policy as several engines: which parts, which passes for each, and what each is calibrated on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi05c.extraction import (
+    STEP,
+    Grouping,
+    PartGraph,
+    PlainBorders,
+    StepTable,
+    complete_grouping,
+    extract,
+    parse_grouping,
+    part_samples,
+)
+from pi05c.folder import TABLE
+from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.io import save
+from pi05c.graph.runner import Array
+from pi05c.passes import PRESETS, pipeline
+from pi05c.progress import Progress
+from pi05c.rewriting import Piece
+from pi05c.samples import Samples
+
+_WHOLE_ONLY = ("specialize",)
+"""Passes that change what parts hand to one another."""
+
+
+@dataclass(frozen=True)
+class PartPasses:
+    """The passes of one part, as they were asked for and resolved."""
+
+    requested: str
+    steps: tuple[pipeline.Step, ...]
+
+
+def parse_part_passes(text: str, grouping: Grouping) -> dict[str, PartPasses]:
+    """Read `default`, or `fp16,prefix=default,denoise=default,-pin_fp32`, where what stands in front serves the others.
+
+    Without anything in front parts that are not named get `default`.
+
+    Raises:
+        UsageError: as `pipeline.parse`; a part that is not split off; a pass that takes the whole policy.
+    """
+    names = ["+".join(group) for group in grouping]
+    texts: dict[str, list[str]] = {"": []}
+    current = ""
+    for item in pipeline.items(text):
+        match = re.match(r"([\w+]+)=", item)
+        if match is not None:
+            current = match[1]
+            if current not in names:
+                raise UsageError(
+                    f"--passes names part {current!r}, which --split does not: {', '.join(names)}"
+                )
+            if current in texts:
+                raise UsageError(f"--passes names part {current!r} twice: give all its passes in one place")
+            texts[current] = []
+            item = item[match.end() :]
+        texts[current].append(item)
+    rest = ",".join(texts[""]) or "default"
+    found = {}
+    for name in names:
+        requested = ",".join(texts[name]) if name in texts else rest
+        steps = pipeline.parse(requested, PRESETS)
+        for step in steps:
+            if step.spec.name in _WHOLE_ONLY:
+                raise UsageError(
+                    f"{step.spec.name} takes the policy as a whole: compile it with --passes {step.spec.name} and "
+                    "--backend onnxruntime first, and split the model.onnx of that folder"
+                )
+        found[name] = PartPasses(requested, steps)
+    return found
+
+
+def parse_split(text: str) -> Grouping:
+    """Read `vision,prefix+denoise`.
+
+    Raises:
+        UsageError: as `parse_grouping`.
+    """
+    try:
+        return parse_grouping(text)
+    except UsageError as error:
+        raise UsageError(f"--split: {error}") from error
+
+
+def cut(path: Path, grouping: Grouping) -> list[PartGraph]:
+    """Every part of the model at `path`.
+
+    Raises:
+        Pi05cError: the model has a part that `grouping` leaves out or lacks one that it names, has dynamic shapes, or
+            cannot be cut there.
+    """
+    complete = complete_grouping(path, grouping)
+    if complete != grouping:
+        missing = next(group for group in complete if group not in grouping)
+        raise Pi05cError(
+            f"--split leaves out {'+'.join(missing)}, which {path} has: name each of its parts, joined with + where "
+            "they stay one engine"
+        )
+    parts = [extract(path, grouping, index) for index in range(len(grouping))]
+    for part in parts:
+        for tensor in (*part.model.graph.inputs, *part.model.graph.outputs):
+            if tensor.shape is None or not all(isinstance(dim, int) for dim in tensor.shape):
+                raise Pi05cError(
+                    f"{tensor.name!r} of {part.name} has no fixed shape, which a hand-over between engines needs: "
+                    "export the model with fixed sizes"
+                )
+    return parts
+
+
+def run_plain(
+    path: Path, parts: Sequence[PartGraph], samples: Sequence[dict[str, Array]], progress: Progress
+) -> list[dict[str, Array]]:
+    """What the whole plain graph gives for samples: inputs, outputs, and what crosses the borders of parts, by name."""
+    with progress.stage("run the plain graph") as update:
+        borders = PlainBorders(path, parts)
+        spaces = []
+        for index, sample in enumerate(samples):
+            update(index / len(samples), f"sample {index + 1} of {len(samples)}")
+            spaces.append(borders.run(sample))
+    return spaces
+
+
+def pieces_of(
+    parts: Sequence[PartGraph],
+    passes: Mapping[str, PartPasses],
+    measured: Samples | None,
+    plain: Sequence[Mapping[str, Array]] | None,
+    folder: Path,
+) -> list[Piece]:
+    """What is to be rewritten; the table of a step is written into `folder` already.
+
+    Args:
+        measured: the samples that serve calibration.
+        plain: what the plain graph gave for them.
+    """
+    pieces = []
+    for part in parts:
+        place = folder / part.name
+        place.mkdir()
+        table = None
+        if part.step is not None:
+            save(part.step.table, place / TABLE)
+            table = StepTable(place / TABLE)
+        samples = None
+        if measured is not None and plain is not None:
+            feeds = [fed for space in plain for fed in part_samples(part, space, table)]
+            samples = Samples.of(feeds, source=measured.source, synthetic=measured.synthetic)
+        chosen = passes[part.name]
+        pieces.append(Piece(part.name, part.model, chosen.requested, chosen.steps, samples))
+    return pieces
+
+
+__all__ = ["STEP", "PartPasses", "cut", "parse_part_passes", "parse_split", "pieces_of", "run_plain"]
