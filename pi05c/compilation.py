@@ -346,6 +346,7 @@ def _part_record(
         precision=precision_of(graph),
         errors=_error_records(errors),
         engine=engine,
+        runs=piece.runs,
     )
 
 

@@ -8,7 +8,7 @@ floor of the graph as `pi05c.kernels` fuses it; launches, caches and kernels bel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -18,6 +18,7 @@ from pi05c.folder import GRAPH
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.kernels import KINDS, Kernel, kernels_of
+from pi05c.manifest import read_manifest
 from pi05c.passes.patterns.parts import PARTS
 
 _FORMATS = {
@@ -75,13 +76,20 @@ class Group:
 
 
 def cost_of(path: Path | str) -> tuple[Kernel, ...]:
-    """The kernels of an ONNX file or of an engine folder's graph. Weights are not read.
+    """The kernels of an ONNX file or of an engine folder, those of a denoising step once for each. Weights are not read.
 
     Raises:
         Pi05cError: it is neither, or its sizes are not fixed.
     """
     path = Path(path)
-    return kernels_of(load(path / GRAPH if path.is_dir() else path))
+    if not path.is_dir():
+        return kernels_of(load(path))
+    runs = {part.name: part.runs for part in read_manifest(path).parts} or {"": 1}
+    return tuple(
+        replace(kernel, times=kernel.times * count)
+        for place, count in runs.items()
+        for kernel in kernels_of(load(path / place / GRAPH))
+    )
 
 
 def seconds(kernel: Kernel, device: Device, *, tf32: bool = False) -> float:

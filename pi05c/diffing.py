@@ -23,6 +23,7 @@ from pi05c.graph.diff import KINDS, Change, GraphDiff, Kind, Thing, diff_graphs
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, load, scopes
 from pi05c.graph.weights import Stored, weight_of
+from pi05c.manifest import read_manifest
 
 STAGE_KEY = "pi05c.stage"
 """Metadata of a dumped stage: its number and the pass that made it, `03-lower_precision`."""
@@ -122,6 +123,10 @@ def counted(changes: tuple[Attributed, ...]) -> dict[tuple[Thing, Kind], int]:
 
 
 def _load(path: Path) -> Model:
+    if path.is_dir() and (parts := read_manifest(path).parts):
+        raise Pi05cError(
+            f"{path} holds a graph a part: compare them one by one, such as {path / parts[0].name / GRAPH}"
+        )
     model = load(path / GRAPH if path.is_dir() else path)
     if model.graph.functions:
         raise Pi05cError(

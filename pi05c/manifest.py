@@ -186,6 +186,7 @@ class PartRecord(_Record):
         inputs: those of the policy that it takes, and what earlier parts hand over, in the type in which both sides
             have it.
         outputs: what it hands over, and the outputs of the policy that it makes.
+        runs: how often it runs for one observation: a step as often as the policy was exported with.
         errors: departure of what it hands over from the plain graph, all parts before it rewritten too.
     """
 
@@ -196,6 +197,7 @@ class PartRecord(_Record):
     precision: list[PrecisionRecord]
     errors: list[ErrorRecord]
     engine: EngineRecord
+    runs: int = 1
 
 
 class Manifest(_Record):

@@ -25,6 +25,7 @@ class Piece:
         requested: its passes as they were asked for.
         steps: its passes.
         samples: to measure ranges on; None where there are none.
+        runs: how often it runs for one observation.
     """
 
     place: str
@@ -32,6 +33,7 @@ class Piece:
     requested: str
     steps: tuple[pipeline.Step, ...]
     samples: Samples | None
+    runs: int = 1
 
     def title(self, what: str) -> str:
         """What is done, with the part that it is done to."""

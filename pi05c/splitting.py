@@ -154,7 +154,16 @@ def pieces_of(
             feeds = [fed for space in plain for fed in part_samples(part, space, table)]
             samples = Samples.of(feeds, source=measured.source, synthetic=measured.synthetic)
         chosen = passes[part.name]
-        pieces.append(Piece(part.name, part.model, chosen.requested, chosen.steps, samples))
+        pieces.append(
+            Piece(
+                part.name,
+                part.model,
+                chosen.requested,
+                chosen.steps,
+                samples,
+                1 if table is None else table.steps,
+            )
+        )
     return pieces
 
 

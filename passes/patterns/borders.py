@@ -88,6 +88,7 @@ class _Cut:
 
     def __init__(self, graph: gs.Graph, groups: Sequence[Sequence[Part]]) -> None:
         self._graph = graph
+        self._names = ["+".join(group) for group in groups]
         parts = parts_of(graph)
         place = {part: index for index, group in enumerate(groups) for part in group}
         self._group = {id(node): place[parts[id(node)]] for node in graph.nodes}
@@ -115,8 +116,8 @@ class _Cut:
         for tensor in heavy:
             if self.owner(tensor) > index:
                 raise Pi05cError(
-                    f"the graph cannot be split: its {self.owner(tensor) + 1}th part makes {tensor.name!r}, which "
-                    f"its {index + 1}th reads; compile it in one piece"
+                    f"the graph cannot be split: {self._names[index]} reads {tensor.name!r}, which only "
+                    f"{self._names[self.owner(tensor)]} makes; compile it in one piece"
                 )
         return [
             tensor

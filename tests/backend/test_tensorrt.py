@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,6 +305,35 @@ class StandInForTrtRunner:
     def infer(self, feed_dict: dict[str, Array], check_inputs: bool) -> dict[str, Array]:
         self.buffer += feed_dict["tokens"].sum()
         return {"actions": self.buffer}
+
+
+class StandInForDeviceView:
+    """What is used of Polygraphy's `DeviceView`; nothing else may be asked of what stays on the GPU."""
+
+    def __init__(self, values: Array) -> None:
+        self._values = values
+
+    def numpy(self) -> Array:
+        return self._values
+
+
+class StandInOnTheDevice(StandInForTrtRunner):
+    """Gives its results on the GPU, and takes tokens from there."""
+
+    def infer(self, feed_dict: dict[str, Array], check_inputs: bool, copy_outputs_to_host: bool) -> Any:
+        assert not copy_outputs_to_host
+        assert isinstance(feed_dict["tokens"], StandInForDeviceView)
+        return {name: StandInForDeviceView(self.buffer) for name in ("keys", "actions")}
+
+
+def test_what_an_engine_hands_to_another_stays_on_the_gpu() -> None:
+    runner = EngineRunner(StandInOnTheDevice(), {"keys"})
+    given: Any = StandInForDeviceView(np.ones((2, 5), np.int64))
+    results = runner.run({"tokens": given, "mask": np.ones(2, np.bool_)})
+    assert isinstance(results["keys"], StandInForDeviceView)
+    assert isinstance(results["actions"], np.ndarray)
+    with pytest.raises(Pi05cError, match="missing input 'mask'"):
+        runner.run({"tokens": given})
 
 
 def test_engine_runner_checks_inputs_and_keeps_results_apart() -> None:

@@ -106,7 +106,7 @@ def test_a_folder_holds_a_subfolder_a_part_and_its_manifest_says_what_crosses(co
 
 
 def test_each_graph_takes_and_gives_what_the_manifest_says(compiled: Compile) -> None:
-    folder = compiled("vision,prefix,denoise", "--passes", "fp16")
+    folder = compiled("vision,prefix,step", "--passes", "fp16")
     for part in read_manifest(folder).parts:
         runner = load_runner(folder / part.name / "model.onnx")
         for specs, records in ((runner.inputs, part.inputs), (runner.outputs, part.outputs)):
@@ -115,20 +115,21 @@ def test_each_graph_takes_and_gives_what_the_manifest_says(compiled: Compile) ->
             ]
 
 
-def test_the_cache_crosses_in_float16_where_that_changes_no_number(compiled: Compile) -> None:
-    narrow = read_manifest(compiled("vision,prefix,denoise", "--passes", "fp16"))
-    _, prefix, denoise = narrow.parts
-    for records in (types(prefix.outputs), types(denoise.inputs)):
-        assert {records[name] for name in CACHE} == {"float16"}
-    assert types(denoise.outputs) == {"actions": "float32"}
-    wide = read_manifest(compiled("vision,prefix,denoise", "--passes", "exact"))
-    assert {types(wide.parts[1].outputs)[name] for name in CACHE} == {"float32"}
-    one_side = read_manifest(compiled("vision,prefix,denoise", "--passes", "exact,denoise=fp16"))
-    assert {types(one_side.parts[1].outputs)[name] for name in CACHE} == {"float16"}
+@pytest.mark.parametrize(
+    ("passes", "dtype"), [("fp16", "float16"), ("exact", "float32"), ("exact,step=fp16", "float16")]
+)
+def test_the_cache_crosses_in_float16_where_that_changes_no_number(
+    compiled: Compile, passes: str, dtype: str
+) -> None:
+    prefix, step = read_manifest(compiled("vision+prefix,step", "--passes", passes)).parts
+    for records in (types(prefix.outputs), types(step.inputs)):
+        assert {records[name] for name in CACHE} == {dtype}
+    assert types(step.outputs) == {"next_x": "float32"}
+    assert (prefix.runs, step.runs) == (1, 10)
 
 
 def test_parts_are_calibrated_each_on_what_the_plain_parts_before_them_give(compiled: Compile) -> None:
-    manifest = read_manifest(compiled("vision,prefix,denoise", "--passes", "default"))
+    manifest = read_manifest(compiled("vision,prefix,step", "--passes", "default"))
     assert {record.dtype for record in manifest.precision} >= {"float8e4m3fn", "float16"}
     assert 0.001 < worst(manifest) < 0.08
     assert manifest.verification is not None
@@ -188,6 +189,11 @@ def test_inspect_and_the_report_tell_each_part(compiled: Compile, capsys: pytest
     facts = json.loads(capsys.readouterr().out)
     graphs = [onnx.load(folder / part / "model.onnx") for part in ("vision", "prefix+denoise")]
     assert facts["nodes"] == sum(len(model.graph.node) for model in graphs)
+    for command, status, said in (("cost", 0, "vision"), ("diff", 2, "compare them one by one")):
+        both = [str(folder)] * (2 if command == "diff" else 1)
+        assert main([command, *both]) == status
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err
     report = (folder / "report.html").read_text()
     for text in ("Passes of vision", "Passes of prefix+denoise", "Contract of vision", "image_features"):
         assert text in report
