@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.sort import captured_by
 from pi05c.passes.patterns.flow import find_flow
+from pi05c.passes.patterns.walk import origin
 
 Part = Literal["vision", "prefix", "denoise"]
 
@@ -22,7 +23,7 @@ def parts_of(graph: gs.Graph) -> dict[int, Part]:
     where its values meet others: at the first Concat with a tensor that no Conv made.
     """
     steps = find_flow(graph)
-    state = {id(step.state) for step in steps if step.scope is graph} & {
+    state = {id(origin(step.state)) for step in steps if step.scope is graph} & {
         id(tensor) for tensor in graph.inputs
     }
     bodies = {id(step.scope) for step in steps if step.scope is not graph}
