@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pi05c.backend.devices import device_of
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.tensorrt import trtexec_script
 from pi05c.building import (
@@ -171,7 +172,10 @@ def compile(
             run = _plain_run(path, parts, steps, measured, held_back, progress)
             pieces = pieces_of(parts, by_part, measured, run.measured, work.folder)
             reference = run.held_back
-        rewritten = [rewrite(piece, progress, cache=cache, scratch=work.folder) for piece in pieces]
+        device = device_of(builder.targets[0]) if builder.targets else None
+        rewritten = [
+            rewrite(piece, progress, cache=cache, scratch=work.folder, device=device) for piece in pieces
+        ]
         narrow_borders([piece.model for piece in pieces])
         for piece in pieces:
             refuse_unsupported(builder.targets, dtypes_of(piece.model.graph))

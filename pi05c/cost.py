@@ -18,7 +18,7 @@ from pi05c.folder import GRAPH
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.kernels import KINDS, Kernel, kernels_of
-from pi05c.manifest import read_manifest
+from pi05c.manifest import CostRecord, read_manifest
 from pi05c.passes.patterns.parts import PARTS
 
 _FORMATS = {
@@ -150,6 +150,22 @@ def grouped(
     ]
 
 
+def cost_records(kernels: Sequence[Kernel], device: Device | None = None) -> list[CostRecord]:
+    """Costs by part, as the manifest holds them."""
+    return [
+        CostRecord(
+            part=group.part,
+            flops=group.cost.flops,
+            weight_bytes=group.cost.weight_bytes,
+            activation_bytes=group.cost.activation_bytes,
+            kernels=group.cost.kernels,
+            operators=group.cost.operators,
+            seconds=group.cost.seconds,
+        )
+        for group in grouped(kernels, device, by=("part",))
+    ]
+
+
 @dataclass(frozen=True)
 class PassCost:
     """What a graph costs after a pass; `name` is empty before the first one."""
@@ -209,6 +225,7 @@ __all__ = [
     "PassCost",
     "cost_after_each_pass",
     "cost_of",
+    "cost_records",
     "grouped",
     "seconds",
     "total",

@@ -89,8 +89,20 @@ class SkipRecord(_Record):
     reason: str
 
 
+class CostRecord(_Record):
+    """What one part of a graph costs (`pi05c.cost.Cost`); `seconds` is None where no GPU's rates are known."""
+
+    part: str
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+    kernels: int
+    operators: int
+    seconds: float | None
+
+
 class PassRecord(_Record):
-    """What one pass did, with every option it ran with."""
+    """What one pass did, with every option it ran with, and what each part costs after it (empty: not known)."""
 
     name: str
     exact: bool
@@ -101,14 +113,20 @@ class PassRecord(_Record):
     seconds: float
     nodes_before: int
     nodes_after: int
+    cost: list[CostRecord] = Field(default_factory=list)
 
 
 class PipelineRecord(_Record):
-    """`requested` is what was asked for; `resolved` names every pass with the options given for it."""
+    """`requested` is what was asked for; `resolved` names every pass with the options given for it.
+
+    `cost` is that of the plain graph by part, and `cost_device` the GPU that all costs of the pipeline are for.
+    """
 
     requested: str
     resolved: str
     passes: list[PassRecord]
+    cost: list[CostRecord] = Field(default_factory=list)
+    cost_device: str | None = None
 
 
 class PrecisionRecord(_Record):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pi05c.backend.devices import Device
 from pi05c.calibration import cached_ranges
+from pi05c.cost import cost_records
+from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges
-from pi05c.manifest import PassRecord, PipelineRecord, SkipRecord
+from pi05c.kernels import kernels_of
+from pi05c.manifest import CostRecord, PassRecord, PipelineRecord, SkipRecord
 from pi05c.passes import pipeline
 from pi05c.progress import Progress
 from pi05c.samples import Samples
@@ -52,12 +56,15 @@ class Rewritten:
     calibrated: bool
 
 
-def rewrite(piece: Piece, progress: Progress, *, cache: Path | None, scratch: Path) -> Rewritten:
-    """Run a piece's passes on its model.
+def rewrite(
+    piece: Piece, progress: Progress, *, cache: Path | None, scratch: Path, device: Device | None = None
+) -> Rewritten:
+    """Run a piece's passes on its model, and count what it costs before and after each.
 
     Args:
         cache: folder of measured ranges; None for the user's.
         scratch: folder for weights that have to be evaluated.
+        device: the GPU that costs are for; None where it is not known.
 
     Raises:
         Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
@@ -80,12 +87,22 @@ def rewrite(piece: Piece, progress: Progress, *, cache: Path | None, scratch: Pa
                 progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
             )
 
+    costs: list[list[CostRecord]] = []
+
+    def count(current: Model) -> list[CostRecord]:
+        return _cost(current, piece.runs, device, progress)
+
+    def count_cost(current: Model, result: pipeline.StepResult) -> None:
+        costs.append(count(current) if costs[-1] and result.changes else costs[-1])
+
     with progress.stage(piece.title("passes")) as update:
+        costs.append(count(piece.model))
         results = pipeline.run(
             piece.model,
             piece.steps,
             calibrate=calibrate,
             before_step=lambda step: update(None, step.spec.name),
+            after_step=count_cost,
         )
     for step in piece.steps:
         if piece.samples is None and step.spec.ranges is not None:
@@ -96,12 +113,26 @@ def rewrite(piece: Piece, progress: Progress, *, cache: Path | None, scratch: Pa
     resolved = ",".join(step.text for step in piece.steps)
     piece.model.metadata["pi05c.pipeline"] = resolved
     record = PipelineRecord(
-        requested=piece.requested, resolved=resolved, passes=[_pass_record(result) for result in results]
+        requested=piece.requested,
+        resolved=resolved,
+        passes=[_pass_record(*done) for done in zip(results, costs[1:], strict=True)],
+        cost=costs[0],
+        cost_device=None if device is None else device.product,
     )
     return Rewritten(record, calibrated)
 
 
-def _pass_record(result: pipeline.StepResult) -> PassRecord:
+def _cost(model: Model, runs: int, device: Device | None, progress: Progress) -> list[CostRecord]:
+    """The cost of a graph that runs `runs` times, by part; empty where it cannot be counted."""
+    try:
+        kernels = [replace(kernel, times=kernel.times * runs) for kernel in kernels_of(model)]
+    except Pi05cError as error:
+        progress.note(f"the report says nothing of costs: {error}")
+        return []
+    return cost_records(kernels, device)
+
+
+def _pass_record(result: pipeline.StepResult, cost: list[CostRecord]) -> PassRecord:
     spec = result.step.spec
     defaults = {name: parameter.default for name, parameter in spec.options.items()}
     return PassRecord(
@@ -114,4 +145,5 @@ def _pass_record(result: pipeline.StepResult) -> PassRecord:
         seconds=round(result.seconds, 4),
         nodes_before=result.nodes_before,
         nodes_after=result.nodes_after,
+        cost=cost,
     )

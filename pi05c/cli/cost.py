@@ -13,6 +13,9 @@ from pi05c.cli.app import Debug, Json, Quiet, Verbose, app
 from pi05c.cli.output import console, make_progress, print_json
 from pi05c.graph.errors import UsageError
 
+_FILE_WIDTH = 200
+"""Columns of a table that goes to a file or a pipe, where nothing need be cut off."""
+
 if TYPE_CHECKING:
     from pi05c.backend.devices import Device
     from pi05c.cost import Cost, Group, Kernel
@@ -136,6 +139,8 @@ def _table(labels: Sequence[str], device: Device | None) -> Any:
     figures = ["GFLOP", "weights MB", "activations MB", "kernels", "operators"]
     for title in figures if device is None else [*figures, "ms"]:
         table.add_column(title, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
     return table
 
 
@@ -157,7 +162,7 @@ def _changes(before: Cost, after: Cost) -> list[str]:
 
 
 def _print(table: Any, device: Device | None) -> None:
-    screen = console()
+    screen = console(_FILE_WIDTH)
     screen.print(table)
     if device is not None:
         screen.print(

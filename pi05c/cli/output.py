@@ -65,10 +65,12 @@ def _engine_line(where: Path, folder: Path, manifest: Manifest, place: str) -> s
     return f"{folder / engine.file}: {size:,.1f} MB for {', '.join(engine.targets)}{seconds}"
 
 
-def console() -> Any:
+def console(file_width: int | None = None) -> Any:
+    """The screen, or the file or pipe in its place, where tables may be `file_width` columns wide."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    to_file = not sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=to_file, width=file_width if to_file else None)
 
 
 def print_json(value: Any) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from small_folder import minimal_manifest
-from small_policy import BUILDS, policy, pretend_installed, use_worker, wrecking_pass
+from small_policy import BUILDS, policy, pretend_installed, use_worker, wrecking_pass, write_policy
 
 import pi05c
 from pi05c.folder import REPORT
 from pi05c.graph.errors import VerificationError
 from pi05c.manifest import (
     CalibrationRecord,
+    CostRecord,
     ErrorRecord,
     FileRecord,
     Manifest,
@@ -27,7 +28,7 @@ from pi05c.manifest import (
     check_files,
     read_manifest,
 )
-from pi05c.report import grouped_skips, precision_columns, precision_rows, write_report
+from pi05c.report import cost_rows, grouped_skips, pass_costs, precision_columns, precision_rows, write_report
 
 __all__ = ["policy", "wrecking_pass"]
 
@@ -137,6 +138,64 @@ def test_the_page_says_what_the_manifest_says(policy: Path, tmp_path: Path) -> N
     assert manifest.source.sha256 in text
     for name in (*(record.name for record in manifest.pipeline.passes), "float16", "actions", "1 held back"):
         assert name in text
+
+
+def cost_record(part: str, kernels: int, seconds: float | None = None) -> CostRecord:
+    return CostRecord(
+        part=part,
+        flops=2_000_000_000,
+        weight_bytes=3,
+        activation_bytes=4,
+        kernels=kernels,
+        operators=9,
+        seconds=seconds,
+    )
+
+
+def test_the_page_sets_costs_before_and_after_beside_each_other(policy: Path, tmp_path: Path) -> None:
+    folder = pi05c.compile(policy, tmp_path / "engine", passes="fp16", backend="onnxruntime").folder
+    manifest = read_manifest(folder)
+    assert [record.part for record in manifest.pipeline.cost] == ["prefix"]
+    assert all(record.cost for record in manifest.pipeline.passes)
+    ((before, after), everything) = cost_rows(manifest.pipeline)
+    assert after.activation_bytes < before.activation_bytes
+    assert everything[1].activation_bytes == after.activation_bytes
+    assert pass_costs(manifest.pipeline)[0][0] == "lower_precision"
+    assert "Counted, not measured" in page_of(folder).text
+
+
+def test_costs_of_a_pipeline_are_summed_over_parts_and_shown_where_they_change(tmp_path: Path) -> None:
+    plain = [cost_record("vision", 5, 0.001), cost_record("denoise", 7, 0.002)]
+    fewer = [cost_record("vision", 5, 0.001), cost_record("denoise", 4, 0.0015)]
+    passes = [
+        pass_record(name=name).model_copy(update={"cost": cost})
+        for name, cost in (("nothing", plain), ("merge", fewer), ("unknown", []))
+    ]
+    pipeline = PipelineRecord(
+        requested="", resolved="", passes=passes[:2], cost=plain, cost_device=f"GPU {HOSTILE}"
+    )
+    manifest = minimal_manifest(tmp_path).model_copy(update={"pipeline": pipeline})
+    assert [(old.kernels, new.kernels) for old, new in cost_rows(manifest.pipeline)] == [
+        (5, 5),
+        (7, 4),
+        (12, 9),
+    ]
+    ((name, old, new),) = pass_costs(manifest.pipeline)
+    assert (name, old.kernels, new.kernels) == ("merge", 12, 9)
+    write_report(tmp_path, manifest)
+    page = page_of(tmp_path)
+    assert "12 → 9" in page.text
+    assert "3 → 2.5" in page.text
+    assert HOSTILE in page.text
+    assert "img" not in page.tags
+    assert cost_rows(pipeline.model_copy(update={"passes": passes})) == []
+
+
+def test_a_graph_without_fixed_sizes_compiles_without_a_cost(tmp_path: Path) -> None:
+    model = write_policy(tmp_path / "model.onnx", batch="batch")
+    folder = pi05c.compile(model, tmp_path / "engine", passes="exact", backend="onnxruntime").folder
+    assert read_manifest(folder).pipeline.cost == []
+    assert "Counted, not measured" not in page_of(folder).text
 
 
 def test_a_result_beyond_its_limit_and_one_that_nobody_verified_are_told_apart(
