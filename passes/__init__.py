@@ -9,6 +9,7 @@ from pi05c.passes.dedupe import dedupe
 from pi05c.passes.disable_conv2d_quant import disable_conv2d_quant
 from pi05c.passes.drop_dead_prefix import drop_dead_prefix
 from pi05c.passes.fold_gqa import fold_gqa
+from pi05c.passes.fold_norms import fold_norms
 from pi05c.passes.fold_scales import fold_scales
 from pi05c.passes.fuse_denoise_loop import fuse_denoise_loop
 from pi05c.passes.fuse_projections import fuse_projections
@@ -24,6 +25,7 @@ _EXACT = (
     batch_views,  # one run of the vision tower over all cameras, before anything is done to each run
     drop_dead_prefix,  # what no output needs is gone before it is copied for each step
     fuse_denoise_loop,  # the steps become one straight graph; what depends on the step alone becomes constants
+    fold_norms,  # before linears are joined by their largest weights, which this changes
     fuse_projections,  # q/k/v and gate/up read their input once
     fold_gqa,  # no repeated keys and values: more rows for each MatMul
     split_prefix_attention,  # what the steps ask of the prefix is computed once
@@ -46,10 +48,19 @@ _FINISH = (
     canonicalize,  # again: bakes the casts behind constants that are left
 )
 
+_WITHOUT_FP8 = (
+    fold_norms,  # folded weights fit E4M3 no better, and are read in float32
+)
+"""Exact passes that `default` leaves out.
+
+With `fold_norms` the error of FP8 is 1.02 +- 0.03 times as large over 17 small models of redrawn weights, and 1.3 times
+on the reference model; fitting scales and codes to folded weights takes 4.3 times the processor time of bfloat16 ones.
+"""
+
 PRESETS: dict[str, tuple[str, ...]] = {
     name: tuple(function.__name__ for function in functions)
     for name, functions in {
-        "default": (*_EXACT, *_FLOAT16, *_FP8, *_FINISH),
+        "default": (*(each for each in _EXACT if each not in _WITHOUT_FP8), *_FLOAT16, *_FP8, *_FINISH),
         "fp16": (*_EXACT, *_FLOAT16, *_FINISH),
         "exact": _EXACT,
         "none": (),

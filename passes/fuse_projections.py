@@ -15,8 +15,8 @@ from pi05c.graph.io import scopes
 from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.identity import ValueNumbers
-from pi05c.passes.patterns.linear import Linear, find_linears, readers_of
-from pi05c.passes.patterns.walk import constant, output_ids, static_shape
+from pi05c.passes.patterns.linear import Bias, Linear, bias_of, find_linears, readers_of
+from pi05c.passes.patterns.walk import output_ids, static_shape
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Group:
     """Linears over one activation, and the bias additions that follow them: all of them, or none."""
 
     linears: tuple[Linear, ...]
-    biases: tuple[gs.Node, ...]
+    biases: tuple[Bias, ...]
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -74,22 +74,10 @@ def _groups(graph: gs.Graph) -> list[_Group]:
     found = []
     for linears in by_activation.values():
         if len(linears) > 1:
-            biases = [_bias(linear) for linear in linears]
+            biases = [bias_of(linear) for linear in linears]
             all_biases = tuple(bias for bias in biases if bias is not None)
             found.append(_Group(tuple(linears), all_biases if len(all_biases) == len(linears) else ()))
     return found
-
-
-def _bias(linear: Linear) -> gs.Node | None:
-    """The Add of a constant vector that is the only reader of a linear's output."""
-    users = linear.node.outputs[0].outputs
-    if len(users) != 1 or users[0].op != "Add":
-        return None
-    for tensor in users[0].inputs:
-        found = constant(tensor)
-        if found is not None and tuple(found.shape) == (linear.columns,):
-            return users[0]
-    return None
 
 
 def _obstacle(group: _Group, uses: int, outputs: set[int], max_scale_ratio: float) -> str:
@@ -122,7 +110,8 @@ def _as_read(linear: Linear) -> Weight:
 
 def _fuse(group: _Group, weight: gs.Constant, editor: Editor) -> None:
     nodes = [linear.node for linear in group.linears]
-    ends = group.biases or tuple(nodes)
+    additions = [bias.node for bias in group.biases]
+    ends = additions or nodes
     sizes = [linear.columns for linear in group.linears]
     results = [node.outputs[0] for node in ends]
     dtype = nodes[0].outputs[0].dtype
@@ -134,7 +123,7 @@ def _fuse(group: _Group, weight: gs.Constant, editor: Editor) -> None:
         product = editor.add(
             "Add", [product, _joined_bias(group, editor)], f"{name}.biased", dtype=dtype, shape=shape
         )
-    for node in (*nodes, *group.biases):
+    for node in (*nodes, *additions):
         node.outputs.clear()
     split_sizes = editor.constant(f"{name}.sizes", np.asarray(sizes, np.int64))
     split = gs.Node(
@@ -148,12 +137,7 @@ def _fuse(group: _Group, weight: gs.Constant, editor: Editor) -> None:
 
 
 def _joined_bias(group: _Group, editor: Editor) -> gs.Tensor:
-    vectors = []
-    for linear, node in zip(group.linears, group.biases, strict=True):
-        side = next(tensor for tensor in node.inputs if tensor is not linear.node.outputs[0])
-        found = constant(side)
-        assert found is not None
-        vectors.append((found, side))
+    vectors = [(bias.stored, bias.node.inputs[bias.index]) for bias in group.biases]
     dtypes = {to_numpy(found.dtype) for found, _ in vectors}
     dtype = to_numpy(vectors[0][1].dtype)
     if len(dtypes) == 1:

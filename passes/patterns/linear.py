@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
-from pi05c.passes.patterns.walk import QDQ, each_node
+from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, static_shape
 
 _STORAGE = frozenset({"Cast", "Identity", "Transpose"})
 """Operators between a weight as the checkpoint stores it and its MatMul."""
 
 _WEIGHT_PATH = _STORAGE | QDQ
+
+_MOVES_ROWS = MOVING - {"Cast"}
+"""Operators that move values and round none."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,21 @@ class Linear:
     transposed: bool
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The addition of a constant vector to a linear's output, which nothing else reads.
+
+    Attributes:
+        node: the Add.
+        index: which of its inputs is the vector.
+        stored: the initializer behind that, casts skipped.
+    """
+
+    node: gs.Node
+    index: int
+    stored: gs.Constant
 
 
 def find_linears(graph: gs.Graph) -> list[Linear]:
@@ -67,6 +86,18 @@ def _swaps(transpose: gs.Node) -> bool:
     return list(transpose.attrs.get("perm", [1, 0])) == [1, 0]
 
 
+def bias_of(linear: Linear) -> Bias | None:
+    """The Add of a constant vector that is the only reader of a linear's output."""
+    users = linear.node.outputs[0].outputs
+    if len(users) != 1 or users[0].op != "Add":
+        return None
+    for index, tensor in enumerate(users[0].inputs):
+        found = constant(tensor)
+        if found is not None and tuple(found.shape) == (linear.columns,):
+            return Bias(users[0], index, found)
+    return None
+
+
 def readers_of(weight: gs.Constant) -> list[gs.Node]:
     """The MatMuls and other nodes that read a weight, through casts and transposes, bodies included."""
     found, stack = [], [weight]
@@ -77,3 +108,40 @@ def readers_of(weight: gs.Constant) -> list[gs.Node]:
             else:
                 found.append(node)
     return found
+
+
+def linears_reading(
+    tensor: gs.Tensor, linears: Mapping[int, Linear], outputs: Collection[int]
+) -> tuple[list[Linear], str]:
+    """The linears that read a tensor as their activation, and which other reader it has, empty where none.
+
+    Operators that move whole rows (Reshape, Transpose, Expand and the like, the last axis kept) are followed.
+
+    Args:
+        linears: by `id` of their node.
+        outputs: `id` of every tensor that the graph or one of its bodies returns.
+    """
+    found: list[Linear] = []
+    stack = [tensor]
+    while stack:
+        source = stack.pop()
+        if id(source) in outputs:
+            return [], f"{source.name!r} is an output of the graph"
+        for node in source.outputs:
+            linear = linears.get(id(node))
+            if linear is not None and linear.activation is source:
+                found.append(linear)
+            elif node.op in _MOVES_ROWS and node.inputs[0] is source and _keeps_rows(node):
+                stack.append(node.outputs[0])
+            else:
+                return [], f"{node.name!r} reads it too"
+    return found, ""
+
+
+def _keeps_rows(node: gs.Node) -> bool:
+    """Whether the values along the last axis stay together and in order."""
+    before, after = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+    if not before or not after or before[-1] != after[-1]:
+        return False
+    perm = node.attrs.get("perm", range(len(before))[::-1])
+    return node.op != "Transpose" or bool(perm[-1] == len(before) - 1)

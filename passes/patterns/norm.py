@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.dtypes import FLOAT32, to_numpy
 from pi05c.graph.edit import producer
+from pi05c.graph.runner import Array
+from pi05c.graph.weights import array_of
 from pi05c.passes.patterns.region import Region
-from pi05c.passes.patterns.walk import ROUNDING, consumers, each_node, made_by, origin, scalar
+from pi05c.passes.patterns.walk import ROUNDING, consumers, each_node, made_by, origin, scalar, stored_vector
 
 _OPERATORS = {
     "LayerNormalization": "LayerNorm",
@@ -21,14 +25,50 @@ LARGEST_EPSILON = 1e-2
 
 
 @dataclass(frozen=True)
+class PerChannel:
+    """A factor or summand with one value for each channel.
+
+    Attributes:
+        node: the Mul, the Add or the operator of the whole norm that reads it, as `inputs[index]`.
+        stored: the initializer behind it; None where it is computed, rounded on the way, or not a vector.
+        plus_one: whether one is added to it on the way (Gemma's 1 + w, adaRMS's 1 + scale).
+    """
+
+    node: gs.Node
+    index: int
+    stored: gs.Constant | None
+    plus_one: bool = False
+
+    @property
+    def values(self) -> Array | None:
+        """The vector as the node reads it, float32 [channels]; None where nothing is stored."""
+        if self.stored is None:
+            return None
+        vector = array_of(self.stored).astype(np.float32).reshape(-1)
+        return vector + np.float32(1) if self.plus_one else vector
+
+
+@dataclass(frozen=True)
 class Norm(Region):
     """One normalization: statistics, division, and multiplication and addition of weight, scale, bias or shift.
 
     Attributes:
         kind: `RMSNorm`, `adaRMS` (its scale or shift is no constant of the channel's size alone) or `LayerNorm`.
+        weight: the weight or, of adaRMS, 1 + scale; None where the norm has none.
+        bias: the bias or, of adaRMS, the shift; None where the norm has none.
     """
 
     kind: str
+    weight: PerChannel | None = None
+    bias: PerChannel | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything from the division on is in another type than float32."""
+        parts = [part.node for part in (self.weight, self.bias) if part is not None]
+        made = [tensor for node in parts for tensor in (*node.inputs, node.outputs[0]) if tensor.name]
+        casts = [node.outputs[0] for node in self.nodes if node.op == "Cast"]
+        return any(to_numpy(tensor.dtype) != FLOAT32 for tensor in (*made, *casts, self.output))
 
 
 def find_norms(graph: gs.Graph) -> list[Norm]:
@@ -36,10 +76,26 @@ def find_norms(graph: gs.Graph) -> list[Norm]:
     found = []
     for scope, node in each_node(graph, "ReduceMean", *_OPERATORS):
         if node.op in _OPERATORS:
-            found.append(Norm(scope, (node,), node.inputs[0], node.outputs[0], _OPERATORS[node.op]))
+            found.append(_from_operator(scope, node))
         elif (match := _from_mean_of_squares(scope, node)) is not None:
             found.append(match)
     return found
+
+
+def _from_operator(scope: gs.Graph, node: gs.Node) -> Norm:
+    channels = _channels(node.inputs[0])
+    read = [
+        PerChannel(node, index, stored_vector(tensor, channels)) if tensor.name else None
+        for index, tensor in enumerate(node.inputs[1:3], 1)
+    ]
+    weight, bias, *_ = (*read, None, None)
+    return Norm(scope, (node,), node.inputs[0], node.outputs[0], _OPERATORS[node.op], weight, bias)
+
+
+def _channels(tensor: gs.Tensor) -> int:
+    """The size of the last axis, -1 where it is not known."""
+    last = tensor.shape[-1] if tensor.shape else None
+    return int(last) if isinstance(last, (int, np.integer)) else -1
 
 
 def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node) -> Norm | None:
@@ -71,10 +127,10 @@ def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node) -> Norm | None:
         if inner is not None and origin(inner.inputs[0]) is origin(centre.inputs[0]):
             nodes[:0] = [inner, centre]
             kind, start = "LayerNorm", origin(centre.inputs[0])
-    output, adaptive = _affine(scaled.outputs[0], nodes)
+    output, parts, adaptive = _affine(scaled.outputs[0], nodes)
     if kind == "RMSNorm" and adaptive:
         kind = "adaRMS"
-    return Norm(scope, tuple(nodes), start, output, kind)
+    return Norm(scope, tuple(nodes), start, output, kind, parts.get("Mul"), parts.get("Add"))
 
 
 def _one_over_root(variance: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, bool] | None:
@@ -106,9 +162,14 @@ def _one_over_root(variance: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor
     return root.outputs[0], False
 
 
-def _affine(tensor: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, bool]:
-    """Take the weight's or scale's Mul and the bias' or shift's Add that follow into `nodes`."""
+def _affine(tensor: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, dict[str, PerChannel], bool]:
+    """Take the weight's or scale's Mul and the bias' or shift's Add that follow into `nodes`.
+
+    Returns:
+        The last result, what each operator reads, and whether any of it is no constant.
+    """
     adaptive = False
+    parts: dict[str, PerChannel] = {}
     for op in ("Mul", "Add"):
         users = tensor.outputs
         casts: list[gs.Node] = []
@@ -126,8 +187,20 @@ def _affine(tensor: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, bool]:
             nodes.append(above)
         adaptive = adaptive or not (isinstance(origin(other), gs.Constant) or _weight_plus_one(above))
         nodes.extend([*casts, user])
+        parts[op] = _per_channel(user, other)
         tensor = user.outputs[0]
-    return tensor, adaptive
+    return tensor, parts, adaptive
+
+
+def _per_channel(node: gs.Node, read: gs.Tensor) -> PerChannel:
+    index = 0 if node.inputs[0] is read else 1
+    channels = _channels(node.outputs[0])
+    above = producer(read)
+    if above is not None and above.op == "Add" and _adds_one(above) and to_numpy(read.dtype) == FLOAT32:
+        sides = [tensor for tensor in above.inputs if scalar(tensor) != 1]
+        if len(sides) == 1:
+            return PerChannel(node, index, stored_vector(sides[0], channels), plus_one=True)
+    return PerChannel(node, index, stored_vector(read, channels))
 
 
 def _modulates(other: gs.Tensor, result: gs.Tensor) -> bool:

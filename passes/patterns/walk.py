@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.dtypes import FLOAT32, to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import array_of, weight_of
@@ -37,6 +39,23 @@ def constant(tensor: gs.Tensor) -> gs.Constant | None:
     """The initializer behind a tensor, casts skipped."""
     found = origin(tensor)
     return found if isinstance(found, gs.Constant) else None
+
+
+def stored_vector(tensor: gs.Tensor, size: int) -> gs.Constant | None:
+    """The initializer behind a float32 tensor with `size` values along its last axis and no other axis.
+
+    Casts to float32 are skipped; what is rounded to a narrower type on the way is no longer what is stored.
+    """
+    if to_numpy(tensor.dtype) != FLOAT32:
+        return None
+    while (node := producer(tensor)) is not None and node.op in ROUNDING:
+        if node.op == "Cast" and to_numpy(node.attrs["to"]) != FLOAT32:
+            return None
+        tensor = node.inputs[0]
+    if not isinstance(tensor, gs.Constant):
+        return None
+    shape = weight_of(tensor).shape
+    return tensor if shape and shape[-1] == size and math.prod(shape) == size else None
 
 
 def scalar(tensor: gs.Tensor) -> float | None:

@@ -283,6 +283,35 @@ class Scaled(Weight):
         return ("scaled", str(self.dtype), factor, self.base.fingerprint())
 
 
+class Projected(Weight):
+    """`vector @ base`, plus `bias` where there is one: what a linear makes of a constant row.
+
+    Float32 [columns of base], summed in float64 over chunks of rows and kept once it has been read.
+    """
+
+    def __init__(self, base: Weight, vector: Array, bias: Weight | None = None) -> None:
+        super().__init__(base.shape[1:], np.float32)
+        self.base = base
+        self.vector = np.asarray(vector, np.float32)
+        self.bias = bias
+        self._values: Array | None = None
+
+    def read(self, region: Region) -> Array:
+        if self._values is None:
+            total = np.zeros(self.shape) if self.bias is None else self.bias.load().astype(np.float64)
+            start = 0
+            for rows in self.base.chunks():
+                part = self.vector[start : start + len(rows)].astype(np.float64)
+                total = total + part @ rows.astype(np.float64)
+                start += len(rows)
+            self._values = total.astype(np.float32)
+        return self._values[region]
+
+    def fingerprint(self) -> object:
+        bias = None if self.bias is None else self.bias.fingerprint()
+        return ("projected", self.vector.tobytes(), bias, self.base.fingerprint())
+
+
 class Cast(Weight):
     """`base` rounded to `dtype`, to the nearest, ties to even."""
 
@@ -400,6 +429,7 @@ __all__ = [
     "Cast",
     "InMemory",
     "Joined",
+    "Projected",
     "Quantized",
     "Region",
     "Reshaped",

@@ -19,6 +19,7 @@ from pi05c.graph.weights import (
     Cast,
     InMemory,
     Joined,
+    Projected,
     Quantized,
     Reshaped,
     Scaled,
@@ -100,6 +101,25 @@ def test_any_region(name: str, data: st.DataObject) -> None:
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in weight.shape]
     region = tuple(slice(start, stop) for start, stop in bounds)
     np.testing.assert_array_equal(weight.read(region).astype(np.float32), expected[region].astype(np.float32))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_projected_row(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector times a weight, over chunks of rows, is what numpy makes of the whole in float64."""
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 200)
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((12, 30)).astype(ml_dtypes.bfloat16)
+    vector = rng.standard_normal(12).astype(np.float32)
+    bias = rng.standard_normal(30).astype(np.float16) if with_bias else np.zeros(30, np.float16)
+    weight = Projected(InMemory(base), vector, InMemory(bias) if with_bias else None)
+    assert len(list(weight.base.chunks())) > 1
+    expected = (vector.astype(np.float64) @ base.astype(np.float64) + bias).astype(np.float32)
+    assert (weight.shape, weight.dtype) == ((30,), np.float32)
+    np.testing.assert_array_equal(weight.load(), expected)
+    np.testing.assert_array_equal(weight.read((slice(3, 9),)), expected[3:9])
+    twin = Projected(InMemory(base.copy()), vector.copy(), weight.bias)
+    other = Projected(InMemory(base), vector + 1, weight.bias)
+    assert twin.fingerprint() == weight.fingerprint() != other.fingerprint()
 
 
 def test_quantizing_saturates() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 from pass_graphs import editable, graph_text, normal
 
@@ -97,6 +98,71 @@ def test_rms_norm(statistics: str, affine: str) -> None:
     assert found.nodes[-1].outputs[0].name == made
     if affine in ("1 + weight", "1 + bfloat16 weight", "scale", "scale and shift"):
         assert any(node.outputs[0].name == "gain" for node in found.nodes), "1 + w is part of the norm"
+
+
+def _weights() -> dict[str, npt.NDArray[np.float32]]:
+    low = normal(3, WIDTH, dtype=ml_dtypes.bfloat16).astype(np.float32)
+    return {"weight": normal(1, WIDTH), "low": low}
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize(
+    ("affine", "stored", "plus_one"),
+    [
+        ("weight", "weight", False),
+        ("1 + weight", "weight", True),
+        ("1 + bfloat16 weight", "low", True),
+    ],
+)
+def test_weight_as_the_norm_reads_it(statistics: str, affine: str, stored: str, plus_one: bool) -> None:
+    (found,) = _find(f"{STATISTICS[statistics]}\n{AFFINE[affine][0]}")
+    assert found.bias is None
+    assert found.weight is not None
+    assert found.weight.node.outputs[0].name == "y"
+    assert found.weight.stored is not None
+    assert (found.weight.stored.name, found.weight.plus_one) == (stored, plus_one)
+    np.testing.assert_array_equal(found.weight.values, _weights()[stored] + plus_one)
+
+
+def test_scale_and_shift_of_a_run_are_not_stored() -> None:
+    (found,) = _find(f"{POWER}\n{MODULATED}")
+    for part, slot in ((found.weight, "unit"), (found.bias, "scaled")):
+        assert part is not None
+        assert part.node.inputs[1 - part.index].name == slot
+        assert (part.stored, part.values) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        ("low_gain = Cast<to = 10>(weight)\n gain = Cast<to = 1>(low_gain)\n y = Mul(unit, gain)", None),
+        ("gain = Cast<to = 1>(low)\n y = Mul(gain, unit)", "low"),
+    ],
+    ids=["rounded to float16", "widened from bfloat16"],
+)
+def test_a_weight_behind_casts(body: str, values: str | None) -> None:
+    (found,) = _find(f"{POWER}\n{body}")
+    assert found.weight is not None
+    if values is None:
+        assert found.weight.values is None
+    else:
+        np.testing.assert_array_equal(found.weight.values, _weights()[values])
+
+
+@pytest.mark.parametrize(("cast", "rounds"), [("1", False), ("10", True)])
+def test_rounding_inside(cast: str, rounds: bool) -> None:
+    body = f"low_unit = Cast<to = {cast}>(unit)\n wide = Cast<to = 1>(low_unit)\n y = Mul(wide, weight)"
+    (found,) = _find(f"{POWER}\n{body}")
+    assert found.output.name == "y"
+    assert found.rounds is rounds
+
+
+def test_parts_of_an_operator() -> None:
+    (found,) = _find("y = LayerNormalization<axis = -1, epsilon = 1e-6>(x, weight, bias)")
+    for part, index, seed in ((found.weight, 1, 1), (found.bias, 2, 2)):
+        assert part is not None
+        assert (part.node, part.index) == (found.nodes[0], index)
+        np.testing.assert_array_equal(part.values, normal(seed, WIDTH))
 
 
 def test_nodes_have_no_duplicates() -> None:
