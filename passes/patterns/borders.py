@@ -56,7 +56,8 @@ def find_crossings(
     of outputs of the graph stay.
 
     Args:
-        groups: neighbouring parts in order of execution, each part once; those that the graph lacks too.
+        groups: neighbouring parts in order of execution, each part once. Nodes of a part that is not named, such as
+            the masks in a graph of the denoising alone, go with the first group.
         recompute: False: what comes from the inputs crosses as the last group reads it, so that this group, which
             may run many times, does not compute it again.
 
@@ -91,7 +92,7 @@ class _Cut:
         self._names = ["+".join(group) for group in groups]
         parts = parts_of(graph)
         place = {part: index for index, group in enumerate(groups) for part in group}
-        self._group = {id(node): place[parts[id(node)]] for node in graph.nodes}
+        self._group = {id(node): place.get(parts[id(node)], 0) for node in graph.nodes}
         self._runtime = runtime_tensors(graph)
         self._inputs = {id(tensor) for tensor in graph.inputs}
         self._weighted: set[int] = set()

@@ -132,6 +132,10 @@ def test_a_part_that_the_model_lacks_is_refused(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     denoise = extracted(tiny_model, "denoise", tmp_path)
+    extracted(denoise, "step", tmp_path)
+    assert {spec.name for spec in load_runner(tmp_path / "step.onnx").inputs} == CACHE | {
+        *("prefix_mask", "x", "step_row"),
+    }, "nobody before it could hand over what follows from the mask"
     for part, message in (("vision", "no part vision"), ("prefix+denoise", "no part prefix")):
         assert main(["extract", str(denoise), "--part", part, "-o", str(tmp_path / "x.onnx")]) == 1
         assert message in capsys.readouterr().err
