@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pi05c.building import build
     from pi05c.compilation import compile
+    from pi05c.extraction import extract_part as extract
     from pi05c.frontend.export import export_model as export
     from pi05c.inspection import inspect
     from pi05c.verification import run, verify
@@ -21,12 +22,13 @@ _WHERE = {
     "build": ("pi05c.building", "build"),
     "compile": ("pi05c.compilation", "compile"),
     "export": ("pi05c.frontend.export", "export_model"),
+    "extract": ("pi05c.extraction", "extract_part"),
     "inspect": ("pi05c.inspection", "inspect"),
     "run": ("pi05c.verification", "run"),
     "verify": ("pi05c.verification", "verify"),
 }
 
-__all__ = ["build", "compile", "export", "inspect", "run", "verify"]
+__all__ = ["build", "compile", "export", "extract", "inspect", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
