@@ -120,6 +120,11 @@ def parse(text: str, presets: dict[str, tuple[str, ...]]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def named(text: str) -> list[str]:
+    """The names of passes and presets in a pipeline's text; what is malformed is passed over."""
+    return [match["name"] for item in items(text) if (match := _ITEM.match(item)) is not None]
+
+
 def run(
     model: Model,
     steps: Sequence[Step],

@@ -194,17 +194,26 @@ def load_ranges(path: Path, model: Model) -> MeasuredRanges:
     Raises:
         Pi05cError: the file cannot be read, or its ranges were measured on another graph than `model`.
     """
-    try:
-        ranges = _from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Pi05cError(f"{path} holds no ranges that this version reads: measure them again") from error
+    ranges = read_ranges(path)
     if ranges.graph_sha256 != graph_sha256(model):
         raise Pi05cError(
             f"{path} was measured on another graph than the one at hand: calibrate this one on its samples again"
         )
     return ranges
+
+
+def read_ranges(path: Path) -> MeasuredRanges:
+    """As `load_ranges`, whichever graph they were measured on: later passes keep the names that they refer to.
+
+    Raises:
+        Pi05cError: the file cannot be read.
+    """
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Pi05cError(f"{path} holds no ranges that this version reads: measure them again") from error
 
 
 def default_cache_dir() -> Path:

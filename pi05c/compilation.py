@@ -25,7 +25,7 @@ from pi05c.building import (
 from pi05c.chain import load_chain
 from pi05c.comparison import Comparison, OutputError, compare
 from pi05c.extraction import Grouping, PartGraph
-from pi05c.fitting import fitting, planned_inputs
+from pi05c.fitting import planned_inputs
 from pi05c.folder import (
     GRAPH,
     PLAN,
@@ -55,13 +55,13 @@ from pi05c.manifest import (
     file_records,
     write_manifest,
 )
-from pi05c.passes import PRESETS, pipeline
+from pi05c.passes import pipeline
+from pi05c.passrun import RunOptions, RunSamples, plan, samples_for
 from pi05c.precision import default_limit, dtypes_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
 from pi05c.rewriting import Piece, rewrite
-from pi05c.samples import Samples, find_samples, save_samples
-from pi05c.samples import split as hold_back
+from pi05c.samples import Samples, save_samples
 from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of, run_plain
 
 _RECORDED_VERSIONS = ("pi05c", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "ml_dtypes")
@@ -92,7 +92,7 @@ def compile(
     model: Path | str,
     output: Path | str,
     *,
-    passes: str = "default",
+    passes: str | None = None,
     split: str | None = None,
     calibration: Sequence[Path | str] = (),
     target: str | None = None,
@@ -100,6 +100,7 @@ def compile(
     max_error: float | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
+    options: RunOptions | None = None,
     **build_options: Any,
 ) -> CompileResult:
     """Compile an ONNX model into an engine folder.
@@ -107,7 +108,7 @@ def compile(
     Args:
         model: the plain graph.
         output: the folder to write; an engine folder that is there is replaced in one step.
-        passes: pipeline text; of a split engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
+        passes: pipeline text, None for `default` or for that of the stage which `options` starts from; of a split engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
         split: parts that become one engine each, `vision,prefix+denoise`; None for one engine.
         calibration: .npz files or folders of samples, or the word `synthetic`; see `find_samples`.
         target: GPUs to build for, `sm120,sm89`; None for the one at hand.
@@ -115,6 +116,7 @@ def compile(
         max_error: largest relative L2 error of any output of a held-back sample; None for the limit of the
             precision that the graph has (`pi05c.precision.LIMITS`).
         cache: folder of measured ranges; None for the user's.
+        options: how the run of passes is looked at.
         build_options: further fields of `pi05c.backend.tensorrt.BuildOptions`.
 
     Raises:
@@ -122,7 +124,7 @@ def compile(
         VerificationError: the error is beyond the limit; the result is kept as OUTPUT.rejected.
         BuildError: the builder failed; the graph and the way to repeat it are kept as OUTPUT.failed.
     """
-    progress = progress or Progress()
+    progress, options = progress or Progress(), options or RunOptions()
     path, output = Path(model), Path(output)
     if path.is_dir():
         raise Pi05cError(
@@ -131,8 +133,13 @@ def compile(
         )
     refuse_limit(max_error)
     grouping = None if split is None else parse_split(split)
-    by_part = _passes_of(passes, grouping)
-    steps = [step for chosen in by_part.values() for step in chosen.steps]
+    by_part = _passes_of(passes, grouping, options)
+    steps = [step for chosen in by_part.values() for step in chosen.plan.steps]
+    dump = None if options.dump is None else options.dump.resolve()
+    if dump is not None and output.resolve() in (dump, *dump.parents):
+        raise UsageError(
+            f"--dump {options.dump} lies in the engine folder {output}: name a folder of its own"
+        )
     builder = choose(backend, target, build_options)
     refuse_unsupported(builder.targets, {name for step in steps for name in step.spec.formats})
     if grouping is not None and builder.options is not None and builder.options.profiles:
@@ -147,26 +154,16 @@ def compile(
         parts = None if grouping is None else cut(path, grouping)
         refuse_without_profile(builder, inputs)
         fixed = planned_inputs(plain, steps)
-        found = find_samples(plain, calibration)
-        samples = None if found is None else fitting(found, fixed)
+        samples = samples_for(plain, steps, calibration, progress)
         source = source_of(plain)
-    if found is not None and samples is not None and len(samples) < len(found):
-        progress.warn(
-            f"{len(found) - len(samples)} of {len(found)} samples do not fit what the graph is specialized for and are "
-            "left out"
-        )
-    measured, held_back = hold_back(samples) if samples is not None else (None, None)
-    if samples is not None and samples.synthetic:
-        progress.warn(
-            f"ranges come from made-up samples ({samples.source}): record some before a robot moves"
-        )
-    if held_back is not None and len(held_back) == 0:
-        held_back = measured
-        progress.warn("there is one sample only: it serves both calibration and verification")
+    measured = None if samples is None else samples.measured
+    held_back = None if samples is None else samples.held_back
 
     with scratch(output) as work:
         if parts is None:
-            pieces = [Piece("", plain, passes, by_part[""].steps, measured)]
+            chosen = by_part[""]
+            current = plain if chosen.plan.start is None else chosen.plan.load(path)
+            pieces = [Piece("", current, chosen.requested, chosen.plan, measured, held_back=held_back)]
             reference = _run_all(lambda: _runs(path), held_back, progress, "run the plain graph")
         else:
             run = _plain_run(path, parts, steps, measured, held_back, progress)
@@ -174,7 +171,16 @@ def compile(
             reference = run.held_back
         device = device_of(builder.targets[0]) if builder.targets else None
         rewritten = [
-            rewrite(piece, progress, cache=cache, scratch=work.folder, device=device) for piece in pieces
+            rewrite(
+                piece,
+                progress,
+                options,
+                targets=builder.targets,
+                cache=cache,
+                scratch=work.folder,
+                device=device,
+            )
+            for piece in pieces
         ]
         narrow_borders([piece.model for piece in pieces])
         for piece in pieces:
@@ -205,12 +211,12 @@ def compile(
             format=FORMAT,
             versions={name: _version(name) for name in _RECORDED_VERSIONS},
             source=source,
-            pipeline=rewritten[0].pipeline if parts is None else _asked(passes, pieces),
+            pipeline=rewritten[0].pipeline if parts is None else _asked(passes or "default", pieces),
             inputs=with_fixed(inputs, fixed),
             outputs=outputs,
             precision=precision,
-            calibration=_calibration_record(samples, measured)
-            if any(result.calibrated for result in rewritten)
+            calibration=_calibration_record(samples)
+            if samples is not None and any(result.calibrated for result in rewritten)
             else None,
             verification=verification,
             engine=engine_record(builder),
@@ -256,11 +262,12 @@ def _error_records(errors: Sequence[OutputError]) -> list[ErrorRecord]:
     ]
 
 
-def _passes_of(text: str, grouping: Grouping | None) -> dict[str, PartPasses]:
+def _passes_of(text: str | None, grouping: Grouping | None, options: RunOptions) -> dict[str, PartPasses]:
     """The passes of each piece, by its place."""
     if grouping is not None:
-        return parse_part_passes(text, grouping)
-    return {"": PartPasses(text, pipeline.parse(text, PRESETS))}
+        return parse_part_passes(text or "default", grouping, options)
+    chosen = plan(text, options)
+    return {"": PartPasses(text or ("default" if chosen.start is None else chosen.text), chosen)}
 
 
 def _runs(path: Path) -> Run:
@@ -420,15 +427,14 @@ def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _calibration_record(samples: Samples | None, measured: Samples | None) -> CalibrationRecord | None:
-    if samples is None or measured is None:
-        return None
+def _calibration_record(samples: RunSamples) -> CalibrationRecord:
+    measured = samples.measured
     return CalibrationRecord(
-        source=samples.source,
+        source=measured.source,
         sha256=measured.sha256,
-        synthetic=samples.synthetic,
+        synthetic=measured.synthetic,
         used=len(measured),
-        held_back=len(samples) - len(measured),
+        held_back=0 if samples.held_back is measured else len(samples.held_back),
     )
 
 

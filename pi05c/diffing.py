@@ -1,14 +1,12 @@
 """`pi05c diff`: two files compared, and each difference traced to the pass that made it.
 
-Two stages of one run lie in one folder as `NN-name.onnx`, their number and pass in the metadata (`STAGE_KEY`). The
-stages between them are compared pair by pair; a difference belongs to the passes in whose step its node or
-initializer differs.
+Two stages of one run lie in one folder (`pi05c.stages`). The stages between them are compared pair by pair; a
+difference belongs to the passes in whose step its node or initializer differs.
 """
 
 from __future__ import annotations
 
 import gc
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +22,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, load, scopes
 from pi05c.graph.weights import Stored, weight_of
 from pi05c.manifest import read_manifest
-
-STAGE_KEY = "pi05c.stage"
-"""Metadata of a dumped stage: its number and the pass that made it, `03-lower_precision`."""
-
-_STAGE = re.compile(r"\W*(?P<number>\d+)\W+(?P<name>\w+)")
-_STAGE_FILES = "[0-9]*-*.onnx"
+from pi05c.stages import Stage, stage_files, stage_of
 
 
 @dataclass(frozen=True)
@@ -176,40 +169,34 @@ class _Step:
         return cls(name, {"node": alignment.nodes, "initializer": alignment.tensors}, kinds)
 
 
-def stage_of(model: Model) -> tuple[int, str] | None:
-    """Number and pass of a dumped stage; None of any other file."""
-    match = _STAGE.match(model.metadata.get(STAGE_KEY, ""))
-    return None if match is None else (int(match["number"]), match["name"])
-
-
 def _steps(a: Model, b: Model, between: GraphDiff) -> list[_Step]:
     """The passes between two stages, whichever comes first; none where they are not stages of one run."""
     first, last = stage_of(a), stage_of(b)
-    if a.path is None or b.path is None or first is None or last is None or first[0] == last[0]:
+    if a.path is None or b.path is None or first is None or last is None or first.number == last.number:
         return []
     if a.path.parent.resolve() != b.path.parent.resolve():
         return []
-    files = {int(path.name.split("-", 1)[0]): path for path in sorted(a.path.parent.glob(_STAGE_FILES))}
-    way = range(first[0], last[0], 1 if first[0] < last[0] else -1)[1:]
+    files = stage_files(a.path.parent)
+    way = range(first.number, last.number, 1 if first.number < last.number else -1)[1:]
     if any(number not in files for number in way):
         return []
     if not way:
-        return [_Step.of(_title(max(first, last)), between)]
+        return [_Step.of(_later(first, last).title, between)]
     steps = []
     here = a
-    for number in (*way, last[0]):
-        following = b if number == last[0] else load(files[number])
-        stages = stage_of(here), stage_of(following)
-        if stages[0] is None or stages[1] is None or stages[1][0] != number:
+    for number in (*way, last.number):
+        following = b if number == last.number else load(files[number])
+        ends = stage_of(here), stage_of(following)
+        if ends[0] is None or ends[1] is None or ends[1].number != number:
             return []
-        steps.append(_Step.of(_title(max(stages[0], stages[1])), diff_graphs(here.graph, following.graph)))
+        steps.append(_Step.of(_later(ends[0], ends[1]).title, diff_graphs(here.graph, following.graph)))
         here = following
         gc.collect()  # a graph is a web of references to itself: two stages are held at a time
     return steps
 
 
-def _title(stage: tuple[int, str]) -> str:
-    return f"{stage[0]:02d}-{stage[1]}"
+def _later(a: Stage, b: Stage) -> Stage:
+    return a if a.number > b.number else b
 
 
 class _Trace:

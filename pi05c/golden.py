@@ -24,8 +24,9 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.text import canonical_text
-from pi05c.passes import PRESETS, REGISTRY
-from pi05c.passes.pipeline import Calibrate, Step, StepResult, parse, run
+from pi05c.passes import REGISTRY
+from pi05c.passes.pipeline import Calibrate, Step, StepResult, run
+from pi05c.plugins import parse_passes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,6 +91,7 @@ class PipelineCase(BaseModel):
     Attributes:
         model: an ONNX file, from the folder of the TOML file.
         passes: pipeline text.
+        plugins: Python files with further passes, from the same folder.
         calibration: .npz files or folders of samples from the same folder, or `synthetic`; without it, the samples
             beside the model.
         ranges: `[low, high]` by tensor name instead of calibration, so that the text depends on no processor.
@@ -100,6 +102,7 @@ class PipelineCase(BaseModel):
 
     model: str
     passes: str = "default"
+    plugins: list[str] = []
     calibration: list[str] = []
     ranges: dict[str, tuple[float, float]] | None = None
     shows: str = ""
@@ -217,7 +220,7 @@ def _pass_text(model: Model, name: str) -> str:
 def _pipeline_text(toml: Path, case: PipelineCase) -> str:
     """The resulting graph, under what each pass did."""
     model = load(toml.parent / case.model)
-    steps = parse(case.passes, PRESETS)
+    steps = parse_passes(case.passes, [toml.parent / plugin for plugin in case.plugins])
     results = run(model, steps, calibrate=_calibrate(toml.parent, model, case))
     lines = [f"# {case.shows}"] if case.shows else []
     for result in results:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pi05c.backend.devices import Device
-from pi05c.calibration import cached_ranges
+from pi05c.backend.targets import Target
 from pi05c.cost import cost_records
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model
-from pi05c.graph.ranges import Ranges
 from pi05c.kernels import kernels_of
 from pi05c.manifest import CostRecord, PassRecord, PipelineRecord, SkipRecord
 from pi05c.passes import pipeline
+from pi05c.passrun import Calibrator, Plan, RunOptions, run
 from pi05c.progress import Progress
 from pi05c.samples import Samples
 
@@ -27,17 +27,24 @@ class Piece:
         place: the subfolder that it goes to, which is its name; empty for the whole.
         model: rewritten in place.
         requested: its passes as they were asked for.
-        steps: its passes.
+        plan: its passes.
         samples: to measure ranges on; None where there are none.
         runs: how often it runs for one observation.
+        held_back: to run its stages on, where they are looked at.
     """
 
     place: str
     model: Model
     requested: str
-    steps: tuple[pipeline.Step, ...]
+    plan: Plan
     samples: Samples | None
     runs: int = 1
+    held_back: Samples | None = None
+
+    @property
+    def steps(self) -> tuple[pipeline.Step, ...]:
+        """Its passes, those that it has been through included."""
+        return self.plan.steps
 
     def title(self, what: str) -> str:
         """What is done, with the part that it is done to."""
@@ -57,11 +64,20 @@ class Rewritten:
 
 
 def rewrite(
-    piece: Piece, progress: Progress, *, cache: Path | None, scratch: Path, device: Device | None = None
+    piece: Piece,
+    progress: Progress,
+    options: RunOptions,
+    *,
+    targets: Sequence[Target],
+    cache: Path | None,
+    scratch: Path,
+    device: Device | None = None,
 ) -> Rewritten:
     """Run a piece's passes on its model, and count what it costs before and after each.
 
     Args:
+        options: how the run is looked at; the stages of a part go to a subfolder of its name.
+        targets: GPUs whose number formats the graph may use.
         cache: folder of measured ranges; None for the user's.
         scratch: folder for weights that have to be evaluated.
         device: the GPU that costs are for; None where it is not known.
@@ -69,57 +85,47 @@ def rewrite(
     Raises:
         Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
     """
-    calibrated = False
-
-    def calibrate(current: Model, tensors: Sequence[str]) -> Ranges | None:
-        nonlocal calibrated
-        if piece.samples is None:
-            return None
-        calibrated = True
-        fed = piece.samples.only(tensor.name for tensor in current.graph.inputs)
-        with progress.stage(f"calibrate {piece.place}".strip()) as update:
-            return cached_ranges(
-                current,
-                tensors,
-                fed,
-                cache,
-                scratch=scratch,
-                progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
-            )
-
+    if piece.place and options.dump is not None:
+        options = replace(options, dump=options.dump / piece.place)
+    title = f"calibrate {piece.place}".strip()
+    calibrator = Calibrator(piece.plan, piece.samples, progress, title=title, cache=cache, scratch=scratch)
     costs: list[list[CostRecord]] = []
 
     def count(current: Model) -> list[CostRecord]:
         return _cost(current, piece.runs, device, progress)
 
     def count_cost(current: Model, result: pipeline.StepResult) -> None:
-        costs.append(count(current) if costs[-1] and result.changes else costs[-1])
+        costs.append(count(current) if costs[-1] and result.rewrites else costs[-1])
 
     with progress.stage(piece.title("passes")) as update:
         costs.append(count(piece.model))
-        results = pipeline.run(
+        done = run(
             piece.model,
-            piece.steps,
-            calibrate=calibrate,
-            before_step=lambda step: update(None, step.spec.name),
+            piece.plan,
+            calibrator,
+            options,
+            update,
+            samples=piece.held_back,
+            targets=targets,
+            scratch=scratch,
             after_step=count_cost,
         )
-    for step in piece.steps:
-        if piece.samples is None and step.spec.ranges is not None:
+    for step in piece.plan.ahead:
+        if piece.samples is None and calibrator.ranges is None and step.spec.ranges is not None:
             progress.warn(
                 f"{step.spec.name} ran without ranges, so activations are not guarded against overflow: give "
                 "--calibration FILE.npz"
             )
-    resolved = ",".join(step.text for step in piece.steps)
+    resolved = ",".join(step.text for step in piece.plan.steps)
     piece.model.metadata["pi05c.pipeline"] = resolved
     record = PipelineRecord(
         requested=piece.requested,
         resolved=resolved,
-        passes=[_pass_record(*done) for done in zip(results, costs[1:], strict=True)],
+        passes=[_pass_record(*after) for after in zip(done.results, costs[1:], strict=True)],
         cost=costs[0],
         cost_device=None if device is None else device.product,
     )
-    return Rewritten(record, calibrated)
+    return Rewritten(record, calibrator.measured)
 
 
 def _cost(model: Model, runs: int, device: Device | None, progress: Progress) -> list[CostRecord]:

@@ -22,7 +22,8 @@ from pi05c.folder import TABLE
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import save
 from pi05c.graph.runner import Array
-from pi05c.passes import PRESETS, pipeline
+from pi05c.passes import pipeline
+from pi05c.passrun import Plan, RunOptions, plan
 from pi05c.progress import Progress
 from pi05c.rewriting import Piece
 from pi05c.samples import Samples
@@ -36,17 +37,32 @@ class PartPasses:
     """The passes of one part, as they were asked for and resolved."""
 
     requested: str
-    steps: tuple[pipeline.Step, ...]
+    plan: Plan
 
 
-def parse_part_passes(text: str, grouping: Grouping) -> dict[str, PartPasses]:
+def parse_part_passes(
+    text: str, grouping: Grouping, options: RunOptions | None = None
+) -> dict[str, PartPasses]:
     """Read `default`, or `fp16,prefix=default,denoise=default,-pin_fp32`, where what stands in front serves the others.
 
     Without anything in front parts that are not named get `default`.
 
     Raises:
-        UsageError: as `pipeline.parse`; a part that is not split off; a pass that takes the whole policy.
+        UsageError: as `pipeline.parse`; a part that is not split off; a pass that takes the whole policy; an option
+            that takes a run apart which is several.
     """
+    options = options or RunOptions()
+    for option, given in (
+        ("--start-from", options.start_from is not None),
+        ("--stop-after", options.stop_after is not None),
+        ("--rewrite-limit", bool(options.rewrite_limit)),
+        ("--verify-each=numbers", options.verify_each == "numbers"),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} looks at one run of passes, and --split makes one for each part: take the part out with "
+                "pi05c extract and look at that"
+            )
     names = ["+".join(group) for group in grouping]
     texts: dict[str, list[str]] = {"": []}
     current = ""
@@ -67,14 +83,14 @@ def parse_part_passes(text: str, grouping: Grouping) -> dict[str, PartPasses]:
     found = {}
     for name in names:
         requested = ",".join(texts[name]) if name in texts else rest
-        steps = pipeline.parse(requested, PRESETS)
-        for step in steps:
+        chosen = plan(requested, options)
+        for step in chosen.steps:
             if step.spec.name in _WHOLE_ONLY:
                 raise UsageError(
                     f"{step.spec.name} takes the policy as a whole: compile it with --passes {step.spec.name} and "
                     "--backend onnxruntime first, and split the model.onnx of that folder"
                 )
-        found[name] = PartPasses(requested, steps)
+        found[name] = PartPasses(requested, chosen)
     return found
 
 
@@ -159,9 +175,9 @@ def pieces_of(
                 part.name,
                 part.model,
                 chosen.requested,
-                chosen.steps,
+                chosen.plan,
                 samples,
-                1 if table is None else table.steps,
+                runs=1 if table is None else table.steps,
             )
         )
     return pieces

@@ -12,6 +12,10 @@ _SAMPLES = "--calibration"
 """The option that takes several words: `--calibration a.npz b.npz`."""
 
 
+_VERIFY_EACH = "--verify-each"
+"""The option whose value may be left out: `--verify-each`, `--verify-each=numbers`."""
+
+
 class _Group(TyperGroup):
     """Compiles where no command is named: `pi05c MODEL.onnx -o engine`."""
 
@@ -30,15 +34,26 @@ class _Group(TyperGroup):
         return ["compile", *args] if names_model or args[0].startswith("-") else args
 
 
+Passes = Annotated[
+    str | None,
+    typer.Option(help="default, fp16, exact, none; `default,-pin_fp32`; `a,b{option=value}`."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="A Python file, or an installed entry point, that brings further passes."),
+]
+
 _OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 _SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
 
 
 def spread(args: list[str]) -> list[str]:
-    """Repeat `--calibration` before each further sample that follows it."""
+    """Repeat `--calibration` before each further sample that follows it; let `--verify-each` stand without a value."""
     spread: list[str] = []
     listing = False
     for index, word in enumerate(args):
+        if word == _VERIFY_EACH:
+            word = f"{word}=structure"
         if listing and _is_samples(word, args[0]):
             spread.append(_SAMPLES)
         else:

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pi05c.cli.app import Backend, Calibration, Debug, Json, MaxError, Quiet, Target, Verbose, app
+from pi05c.cli.app import (
+    Backend,
+    Calibration,
+    Debug,
+    Json,
+    MaxError,
+    Passes,
+    Plugin,
+    Quiet,
+    Target,
+    Verbose,
+    app,
+)
 from pi05c.cli.output import console, engine_lines, make_progress, print_json, show_precision
+from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
     from pi05c.manifest import Manifest
+    from pi05c.passrun import RunOptions
+    from pi05c.progress import Progress
+
+
+class VerifyEach(str, Enum):
+    """What is checked after each pass."""
+
+    STRUCTURE = "structure"
+    NUMBERS = "numbers"
+
+
+_CHECKS: dict[VerifyEach, Literal["structure", "numbers"]] = {
+    VerifyEach.STRUCTURE: "structure",
+    VerifyEach.NUMBERS: "numbers",
+}
 
 
 @app.command("compile")
 def compile_command(
     model: Annotated[Path, typer.Argument(help="The plain ONNX graph.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The engine folder to write.")],
-    passes: Annotated[
-        str,
-        typer.Option(help="default, fp16, exact, none; `default,-pin_fp32`; `a,b{option=value}`."),
-    ] = "default",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The engine folder to write; not needed where passes are only looked at."
+        ),
+    ] = None,
+    passes: Passes = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -50,6 +82,30 @@ def compile_command(
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the builder is ended.")
     ] = None,
+    plugin: Plugin = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Folder that gets the graph before the first pass and after each.")
+    ] = None,
+    print_after: Annotated[
+        str | None,
+        typer.Option(help="Print the graph after a pass: its name, `changed` or `all`."),
+    ] = None,
+    verify_each: Annotated[
+        VerifyEach | None,
+        typer.Option(
+            help="Check the graph after each pass; `--verify-each=numbers` runs it, too, against the one before."
+        ),
+    ] = None,
+    rewrite_limit: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=N, or N for every pass: stop it after its first N rewrites."),
+    ] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(help="The last pass to run, by name or as 03-name.")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A file that --dump wrote: the passes behind it run.")
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -58,7 +114,26 @@ def compile_command(
     """Rewrite a graph by an ordered list of passes, verify it, and build its engine."""
     from pi05c.building import parse_profile
     from pi05c.compilation import compile
+    from pi05c.passrun import RunOptions
 
+    options = RunOptions(
+        plugins=tuple(plugin or ()),
+        rewrite_limit=tuple(rewrite_limit or ()),
+        stop_after=stop_after,
+        start_from=start_from,
+        dump=dump,
+        print_after=print_after,
+        verify_each=None if verify_each is None else _CHECKS[verify_each],
+    )
+    progress = make_progress(quiet, verbose)
+    if output is None:
+        if split is not None or (dump is None and print_after is None and verify_each is None):
+            raise UsageError(
+                "give '--output' (-o), the engine folder, or look at the passes alone with --dump, --print-after or "
+                "--verify-each (of a part: pi05c extract it first)"
+            )
+        _run_passes(model, passes, options, calibration or (), target, progress, json_, quiet)
+        return
     result = compile(
         model,
         output,
@@ -68,7 +143,8 @@ def compile_command(
         target=target,
         backend=backend,
         max_error=max_error,
-        progress=make_progress(quiet, verbose),
+        progress=progress,
+        options=options,
         profiles=tuple(parse_profile(text) for text in shapes or ()),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
@@ -120,6 +196,61 @@ def build(
     elif not quiet:
         for line in engine_lines(folder, manifest):
             typer.echo(line)
+
+
+def _run_passes(
+    model: Path,
+    passes: str | None,
+    options: RunOptions,
+    calibration: Sequence[str],
+    target: str | None,
+    progress: Progress,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    """Run passes without making an engine folder, and show what each did."""
+    from rich.table import Table
+
+    from pi05c.passrun import run_passes
+
+    run = run_passes(model, passes, options, calibration=calibration, target=target, progress=progress)
+    if json_:
+        print_json(
+            {
+                "passes": [
+                    {
+                        "name": result.step.spec.name,
+                        "changed": len(result.changes),
+                        "rewrites": len(result.rewrites),
+                        "skipped": [vars(skip) for skip in result.skips],
+                        "notes": list(result.notes),
+                        "seconds": result.seconds,
+                        "nodes_before": result.nodes_before,
+                        "nodes_after": result.nodes_after,
+                        "moved": run.errors[index].comparison.as_json()["worst"] if run.errors else None,
+                    }
+                    for index, result in enumerate(run.results)
+                ],
+                "stages": [str(path) for path in (run.stages or {}).values()],
+            }
+        )
+    elif not quiet:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("pass")
+        for title in ("rewrites", "skipped", "nodes", "seconds", *(["moved by"] if run.errors else [])):
+            table.add_column(title, justify="right")
+        for index, result in enumerate(run.results):
+            table.add_row(
+                result.step.text,
+                str(len(result.rewrites)),
+                str(len(result.skips)),
+                str(result.nodes_after),
+                f"{result.seconds:.2f}",
+                *([f"{run.errors[index].comparison.worst.relative_l2:.4g}"] if run.errors else []),
+            )
+        console().print(table)
+        if run.stages:
+            typer.echo(f"{len(run.stages)} stages in {options.dump}")
 
 
 def _show_compiled(folder: Path, manifest: Manifest) -> None:

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pi05c.cli.app import Debug, Json, app
+from pi05c.cli.app import Debug, Json, Plugin, app
 from pi05c.cli.output import console, engine_lines, print_json, show_precision
 
 
 @app.command("passes")
-def passes_command(json_: Json = False, debug: Debug = False) -> None:
+def passes_command(plugin: Plugin = None, json_: Json = False, debug: Debug = False) -> None:
     """List the passes in default order, with their options."""
     from pi05c.passes import PRESETS, REGISTRY
+    from pi05c.plugins import load_plugin
 
+    for name in plugin or ():
+        load_plugin(name)
     order = list(dict.fromkeys([*PRESETS["default"], *REGISTRY]))
     if json_:
         print_json({"passes": [_described(name) for name in order], "presets": PRESETS})

@@ -6,11 +6,21 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import name_of
+from pi05c.graph.dtypes import BOOL, name_of, to_numpy
 from pi05c.graph.io import Model, scopes, to_proto
 from pi05c.graph.weights import PENDING, array_of
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+
+STANDARD_DOMAINS = (None, "", "ai.onnx")
+TENSORRT_DOMAIN = "trt"
+"""Of the operators that TensorRT adds, such as `TRT_FP4DynamicQuantize`."""
+
+_FOLLOWERS = {
+    "Attention": ((3, "mask", (BOOL,)),),
+    "RotaryEmbedding": ((1, "cosines", ()), (2, "sines", ())),
+}
+"""Inputs that must have the type of the first one, or one of those named (ONNX opset 23; measured for the mask)."""
 
 
 def problems(model: Model) -> list[str]:
@@ -35,6 +45,54 @@ def problems(model: Model) -> list[str]:
                 f"output {output.name!r} is declared {name_of(declared[output.name])} but is {name_of(actual)}"
             )
     return found
+
+
+def unseen_problems(model: Model) -> list[str]:
+    """What neither onnx's checker nor the parser of TensorRT-RTX 1.7 sees, and what then fails or misleads.
+
+    Two tensors of one name in different scopes; an Attention whose mask is neither bool nor of the type of Q, which
+    parses and does not build; a RotaryEmbedding whose cos and sin have another type than x; an operator of a domain
+    that no backend knows.
+    """
+    return [
+        *_duplicate_tensors(model.graph),
+        *(problem for scope in scopes(model.graph) for node in scope.nodes for problem in _odd_types(node)),
+        *_unknown_domains(model.graph),
+    ]
+
+
+def _duplicate_tensors(graph: gs.Graph) -> list[str]:
+    owner: dict[str, int] = {}
+    found: dict[str, None] = {}
+    for scope in scopes(graph):
+        for tensor in (*scope.inputs, *(t for node in scope.nodes for t in (*node.inputs, *node.outputs))):
+            if tensor.name and owner.setdefault(tensor.name, id(tensor)) != id(tensor):
+                found[f"tensor name {tensor.name!r} is used twice"] = None
+    return list(found)
+
+
+def _odd_types(node: gs.Node) -> list[str]:
+    if node.domain not in STANDARD_DOMAINS or not node.inputs:
+        return []
+    found = []
+    for position, what, allowed in _FOLLOWERS.get(node.op, ()):
+        if position < len(node.inputs) and node.inputs[position].name:
+            follower, leader = (to_numpy(node.inputs[index].dtype) for index in (position, 0))
+            if None not in (follower, leader) and follower not in (leader, *allowed):
+                found.append(
+                    f"the {what} of {node.op} {node.name!r} is {name_of(follower)}, where its data is {name_of(leader)}"
+                )
+    return found
+
+
+def _unknown_domains(graph: gs.Graph) -> list[str]:
+    own = {(function.domain, function.name) for function in graph.functions}
+    return [
+        f"{node.op} {node.name!r} is of the domain {node.domain!r}, which no backend knows"
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if node.domain not in (*STANDARD_DOMAINS, TENSORRT_DOMAIN) and (node.domain, node.op) not in own
+    ]
 
 
 def _duplicate_nodes(graph: gs.Graph) -> list[str]:

@@ -170,11 +170,49 @@ def _fill_types(graph: gs.Graph, proto: onnx.GraphProto) -> None:
             _fill_types(inner, body)
 
 
-def save(model: Model, path: Path | str) -> None:
+class DataFolder:
+    """Which weights the data files of a folder hold, for models that are saved in it one after the other.
+
+    Such models share their data: `save` writes what no file of the folder holds yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self._places: dict[object, tuple[Weight, _Place]] = {}
+
+    def place(self, weight: Weight) -> _Place | None:
+        """Where a file of the folder holds `weight`."""
+        if isinstance(weight, Stored) and weight.path.parent.resolve() == self.folder:
+            return _Place(weight.path.name, weight.offset, weight.checksum())
+        known = self._places.get(_identity(weight))
+        return None if known is None else known[1]
+
+    def add(self, weight: Weight, place: _Place) -> None:
+        """Remember where `weight` is; it is kept alive, so that no other takes its identity."""
+        self._places[_identity(weight)] = weight, place
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Name of a data file, offset in bytes, and the SHA-256 of what lies there."""
+
+    location: str
+    offset: int
+    checksum: str
+
+
+def _identity(weight: Weight) -> object:
+    return (weight.path, weight.offset, weight.nbytes) if isinstance(weight, Stored) else id(weight)
+
+
+def save(model: Model, path: Path | str, *, shared: DataFolder | None = None) -> None:
     """Write `path` and, where weights are larger than `INLINE_BYTES`, `path` + `.data` beside it.
 
     Both are written under other names first and renamed when they are whole. The model may have been loaded from
     the same path.
+
+    Args:
+        shared: of the folder of `path`, to refer to weights that its files hold already.
 
     Raises:
         Pi05cError: the folder does not exist or cannot be written.
@@ -186,7 +224,7 @@ def save(model: Model, path: Path | str) -> None:
     partial_model = path.with_name(f".{path.name}.partial")
     try:
         with partial_data.open("wb") as file:
-            writer = _DataWriter(file, data_path.name)
+            writer = _DataWriter(file, data_path.name, shared)
             for tensor in tensors(proto):
                 location = location_of(tensor)
                 if location in pending:
@@ -205,29 +243,31 @@ def save(model: Model, path: Path | str) -> None:
 class _DataWriter:
     """Appends weights to an external-data file, each once, and points tensors at them."""
 
-    def __init__(self, file: Any, name: str) -> None:
+    def __init__(self, file: Any, name: str, shared: DataFolder | None) -> None:
         self.file = file
         self.name = name
         self.offset = 0
-        self.written: dict[object, tuple[int, str]] = {}
+        self.shared = shared
+        self.written: dict[object, _Place] = {}
 
     def write(self, tensor: onnx.TensorProto, weight: Weight) -> None:
-        key: object = id(weight)
-        if isinstance(weight, Stored):
-            key = (weight.path, weight.offset, weight.nbytes)
-        if key not in self.written:
+        place = self.written.get(_identity(weight))
+        if place is None and self.shared is not None:
+            place = self.shared.place(weight)
+        if place is None:
             self.offset += -self.offset % ALIGNMENT
             self.file.seek(self.offset)
-            self.written[key] = (self.offset, self._append(weight))
+            place = self.written[_identity(weight)] = _Place(self.name, self.offset, self._append(weight))
             self.offset += weight.nbytes
-        offset, checksum = self.written[key]
+            if self.shared is not None:
+                self.shared.add(weight, place)
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for name, value in (
-            ("location", self.name),
-            ("offset", str(offset)),
+            ("location", place.location),
+            ("offset", str(place.offset)),
             ("length", str(weight.nbytes)),
-            ("checksum", checksum),
+            ("checksum", place.checksum),
         ):
             tensor.external_data.add(key=name, value=value)
 
@@ -243,7 +283,8 @@ class _DataWriter:
             raw = stored_bytes(chunk)
             digest.update(raw)
             self.file.write(raw)
-        return digest.hexdigest()
+        weight._checksum = digest.hexdigest()
+        return weight._checksum
 
 
 def _copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:
@@ -511,6 +552,7 @@ def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 __all__ = [
+    "DataFolder",
     "Model",
     "infer_types",
     "load",

@@ -16,12 +16,13 @@ from onnx import helper, numpy_helper
 from small_policy import policy
 
 from pi05c import cli
-from pi05c.diffing import STAGE_KEY, diff_files
+from pi05c.diffing import diff_files
 from pi05c.diffview import CONTEXT_LINES
 from pi05c.graph import weights
 from pi05c.graph.io import load, save
 from pi05c.passes import PRESETS
 from pi05c.passes.pipeline import parse, run
+from pi05c.stages import StageFolder
 
 __all__ = ["policy"]
 
@@ -264,16 +265,14 @@ def test_without_a_sha256_weights_are_read_and_it_is_said(
 @pytest.fixture
 def stages(tmp_path: Path) -> Path:
     """Every stage of the exact passes and float16, as `--dump` leaves them."""
-    folder = tmp_path / "stages"
-    folder.mkdir()
+    text = "canonicalize,fuse_denoise_loop,dedupe,lower_precision"
+    folder = StageFolder(tmp_path / "stages", text)
     model = load(LOOP)
-    model.metadata[STAGE_KEY] = "00-input"
-    save(model, folder / "00-input.onnx")
-    for number, step in enumerate(parse("canonicalize,fuse_denoise_loop,dedupe,lower_precision", PRESETS), 1):
+    folder.write(model, 0, None)
+    for number, step in enumerate(parse(text, PRESETS), 1):
         run(model, [step])
-        model.metadata[STAGE_KEY] = f"{number:02d}-{step.spec.name}"
-        save(model, folder / f"{number:02d}-{step.spec.name}.onnx")
-    return folder
+        folder.write(model, number, step.spec.name)
+    return folder.folder
 
 
 def test_differences_of_stages_name_their_pass(diff: Diff, stages: Path) -> None:
