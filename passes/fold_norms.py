@@ -59,16 +59,33 @@ def fold_norms(graph: gs.Graph, ctx: PassContext) -> None:
     folds = _without_conflicts(_folds(graph, ctx), ctx)
     editors = {id(scope): ctx.editor(scope) for scope in scopes(graph)}
     shifted: dict[object, gs.Constant] = {}
-    for fold in folds:
-        if fold.shift is not None:
-            _fold_shift(fold, editors[id(fold.norm.scope)], shifted)
     scaled: set[int] = set()
     ones: dict[object, gs.Constant] = {}
+    for group in _sharing_weights(folds):
+        for fold in group:
+            if fold.shift is not None:
+                _fold_shift(fold, editors[id(fold.norm.scope)], shifted)
+        for fold in group:
+            if fold.gain is not None:
+                _fold_gain(fold, editors[id(fold.norm.scope)], scaled, ones)
+        ctx.changed(*(fold.norm.name for fold in group))
+
+
+def _sharing_weights(folds: list[_Fold]) -> list[list[_Fold]]:
+    """The folds that change something, those together that change one weight: none is right before all are."""
+    group_of: dict[int, list[_Fold]] = {}
     for fold in folds:
-        if fold.gain is not None:
-            _fold_gain(fold, editors[id(fold.norm.scope)], scaled, ones)
-        if fold.gain is not None or fold.shift is not None:
-            ctx.changed(fold.norm.name)
+        if fold.gain is None and fold.shift is None:
+            continue
+        weights = [id(linear.weight) for linear in fold.linears]
+        group: list[_Fold] = []
+        for other in {id(found): found for key in weights if (found := group_of.get(key))}.values():
+            group += other
+        group.append(fold)
+        group_of |= dict.fromkeys(
+            [*weights, *(id(x.weight) for other in group for x in other.linears)], group
+        )
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _folds(graph: gs.Graph, ctx: PassContext) -> list[_Fold]:
