@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from command_line import Command, Result
+
+from pi05c import cli
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +15,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep measured ranges out of the user's cache, and each test from what another measured."""
     folder: Path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("PI05C_CACHE", str(folder))
+
+
+@pytest.fixture
+def pi05c(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line."""
+
+    def run(*arguments: str | Path) -> Result:
+        status = cli.main([str(argument) for argument in arguments])
+        return Result(status, *capsys.readouterr())
+
+    return run

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Command, Result
 from small_policy import (
     BUILDS,
     FAILS,
@@ -32,7 +31,6 @@ from small_policy import (
     write_samples,
 )
 
-from pi05c import cli
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.targets import Flavour
 from pi05c.cli.app import spread as spread_samples
@@ -42,30 +40,6 @@ from pi05c.passes import PRESETS, REGISTRY
 __all__ = ["policy", "wrecking_pass"]
 
 NO_PLAN = ("--backend", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left: exit status, stdout and stderr."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def pi05c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Runs a command line in this process."""
-    monkeypatch.setenv("PI05C_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: str | Path) -> Result:
-        status = cli.main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -308,7 +282,12 @@ def test_a_signal_ends_the_run_and_leaves_the_old_engine(
         f"tensorrt.WORKER_COMMAND = {command!r}; tensorrt.can_build = lambda *_: None; sys.exit(main(sys.argv[1:]))"
     )
     arguments = [str(policy), "--passes", "none", "-o", str(engine), "--target", "sm120"]
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".engine.partial-*/.model.engine.*.partial")):
         assert time.monotonic() < deadline

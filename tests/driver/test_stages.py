@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from command_line import Command
 from small_policy import policy, wrecking_pass, write_policy
 
-from pi05c import cli, plugins
+from pi05c import plugins
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.folder import GRAPH
 from pi05c.graph.io import load, location_of, tensors
@@ -25,29 +25,6 @@ from pi05c.stages import STAGE_KEY, stage_files
 __all__ = ["policy", "wrecking_pass"]
 
 NO_PLAN = ("--backend", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Result:
-    """Exit status, stdout and stderr of a command."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def pi05c(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line in this process."""
-
-    def run(*arguments: str | Path) -> Result:
-        status = cli.main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(autouse=True)
