@@ -22,6 +22,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import name_of
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.sort import sort_proto
@@ -60,7 +61,6 @@ _FLOAT8_TYPES = (
 _NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
 """Types that onnxruntime's Python API neither takes from nor gives to numpy."""
 
-_ONNX_DOMAINS = ("", "ai.onnx")
 _TYPE_ATTRIBUTES = ("output_dtype", "dtype")
 _FP4_OPERATORS = ("TRT_FP4DynamicQuantize",)
 
@@ -125,7 +125,7 @@ class _Scope:
 class _Lowering:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.result = Lowered(model)
-        opset = next((entry.version for entry in model.opset_import if entry.domain in _ONNX_DOMAINS), 0)
+        opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
         float8 = _FLOAT8 | {"Reshape", "Transpose"} if opset >= _FLOAT8_RESHAPED_FROM else _FLOAT8
         self.native: Mapping[int, frozenset[str]] = {
             TensorProto.FLOAT16: _FLOAT16,
@@ -222,7 +222,7 @@ def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
     operators that are not ONNX's own.
     """
     for graph in graphs_in(model.graph):
-        foreign = {name for node in graph.node if node.domain not in _ONNX_DOMAINS for name in node.output}
+        foreign = {name for node in graph.node if node.domain not in STANDARD_DOMAINS for name in node.output}
         kept = [value for value in graph.value_info if value.name in foreign]
         del graph.value_info[:]
         graph.value_info.extend(kept)

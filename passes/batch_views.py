@@ -128,10 +128,10 @@ def _join(join: Join, border: Border, batch: gs.Tensor, editor: Editor) -> None:
     place = next(index for index, tensor in enumerate(inputs) if tensor is border.results[0])
     concat.inputs = [*inputs[:place], joined, *inputs[place + count :]]
     if len(concat.inputs) == 1:
-        made = producer(joined)
-        if join.axis and made is not None:
-            concat.inputs = list(made.inputs)
-        concat.op, concat.attrs = "Reshape" if join.axis else "Identity", {}
+        concat.op, concat.attrs = "Identity", {}
+        made = producer(joined) if join.axis else None
+        if made is not None and made.op == "Reshape":
+            concat.op, concat.inputs = "Reshape", list(made.inputs)
 
 
 def _swapped(

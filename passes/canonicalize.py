@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import Editor, Names
 from pi05c.graph.io import scopes
@@ -120,7 +121,7 @@ def _as_matmul(gemm: gs.Node, editor: Editor) -> None:
 
 def _is_no_op(node: gs.Node) -> bool:
     """Whether a node's only output is its first input."""
-    if node.domain not in (None, "", "ai.onnx") or len(node.outputs) != 1 or not node.inputs:
+    if node.domain not in STANDARD_DOMAINS or len(node.outputs) != 1 or not node.inputs:
         return False
     source, result = node.inputs[0], node.outputs[0]
     same_shape = static_shape(source) is not None and static_shape(source) == static_shape(result)

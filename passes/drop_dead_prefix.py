@@ -15,7 +15,7 @@ from pi05c.passes.patterns.attention import find_attention
 from pi05c.passes.patterns.known import Known
 from pi05c.passes.patterns.liveness import Liveness
 from pi05c.passes.patterns.masked_keys import Mask, find_mask
-from pi05c.passes.patterns.walk import output_ids, static_shape
+from pi05c.passes.patterns.walk import output_ids
 from pi05c.passes.shrink import Shrinker
 
 
@@ -62,6 +62,8 @@ def _drop_open_masks(graph: gs.Graph, ctx: PassContext) -> Iterator[str]:
         if not isinstance(mask, Mask) or not mask.lets_all_through:
             continue
         logits, masked = mask.node.inputs[mask.logits], mask.node.outputs[0]
-        if static_shape(logits) == static_shape(masked) and id(masked) not in returned:
+        shape = None if logits.shape is None else list(logits.shape)
+        keeps_shape = shape is not None and None not in shape and shape == list(masked.shape or ())
+        if keeps_shape and id(masked) not in returned:
             editors[id(attention.scope)].replace_uses(masked, logits)
             yield mask.node.name

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import bits, to_numpy
 from pi05c.graph.edit import Editor, producer
 from pi05c.graph.errors import Pi05cError
@@ -46,7 +47,7 @@ def fold_constants(graph: gs.Graph) -> Iterator[str]:
     known: dict[int, _Known] = {}
     for scope in scopes(graph):
         for node in scope.nodes:
-            if node.op not in _NEVER and node.domain in (None, "", "ai.onnx"):
+            if node.op not in _NEVER and node.domain in STANDARD_DOMAINS:
                 _mark(node, known)
     wanted = _boundary(graph, known)
     lazy = {id(tensor): weight for tensor in wanted if (weight := _moved(tensor)) is not None}

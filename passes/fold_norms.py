@@ -14,7 +14,15 @@ from pi05c.graph.io import scopes
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import Projected, Scaled, Transposed, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.linear import Bias, Linear, bias_of, find_linears, linears_reading, readers_of
+from pi05c.passes.patterns.linear import (
+    Bias,
+    Linear,
+    bias_of,
+    find_linears,
+    linears_reading,
+    readers_of,
+    weight_obstacle,
+)
 from pi05c.passes.patterns.norm import Norm, PerChannel, find_norms
 from pi05c.passes.patterns.walk import output_ids, stored_vector
 
@@ -136,13 +144,11 @@ def _obstacle(fold: _Fold, outputs: set[int]) -> str:
         types = [tensor.dtype for tensor in (linear.node.outputs[0], linear.node.inputs[1])]
         if linear.node.op != "MatMul":
             return f"{linear.node.name!r} is a Gemm"
-        if any(node.op not in ("Cast", "Transpose", "Identity") for node in linear.path):
-            return f"the weight of {linear.node.name!r} is quantized"
+        if reason := weight_obstacle(linear.weight, linear.path, outputs):
+            return reason
         types += [node.outputs[0].dtype for node in linear.path if node.op == "Cast"]
         if any(to_numpy(dtype) != FLOAT32 for dtype in types):
             return f"{linear.node.name!r} computes in another type than float32"
-        if any(id(node.outputs[0]) in outputs for node in linear.path):
-            return f"the weight of {linear.node.name!r} is an output of the graph"
     return ""
 
 

@@ -12,17 +12,17 @@ from pi05c.graph.dtypes import BFLOAT16, FLOAT32, is_float, to_numpy
 from pi05c.graph.edit import Editor, remove_dead, replace_input
 from pi05c.graph.io import scopes
 from pi05c.graph.runner import Array
-from pi05c.graph.weights import Scaled, weight_of
+from pi05c.graph.weights import Scaled, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.factor import Factor, Site, Span, find_factors
 from pi05c.passes.patterns.flow import FlowStep, find_flow, velocity_linear
-from pi05c.passes.patterns.linear import readers_of
+from pi05c.passes.patterns.linear import readers_of, weight_obstacle
 from pi05c.passes.patterns.walk import constant, output_ids
 
 MIB = 2**20
 
 _Key = tuple[int, int, Span, bytes]
-"""What tells the changes to a weight: its `id`, the axis, the part of it, and the value."""
+"""What tells the changes to a weight: its `id`, the axis as it is stored, the part of it, and the value."""
 
 _Groups = dict[_Key, list[tuple[Factor, Site]]]
 
@@ -66,20 +66,24 @@ def fold_scales(
 
 
 def _plan(graph: gs.Graph, max_ratio: float, max_bytes: float) -> tuple[list[Factor], list[_Refusal]]:
-    """The factors to fold, and those to leave, one for each weight."""
+    """The factors to fold, one change to a weight at a time, and those to leave, one for each weight."""
     factors, fixed = find_factors(graph)
     refused = {id(entry.weight or entry.node): (entry.node, entry.reason) for entry in fixed}
     outputs = output_ids(graph)
     flow = {id(step.scaled): step for step in find_flow(graph) if step.scaled is not None}
     steps = Counter(id(linear.weight) for step in flow.values() if (linear := velocity_linear(step)))
     kept = []
+    changes: dict[int, _Key] = {}
     for factor in _agreeing(factors, refused):
         reason = _flow_obstacle(factor, flow.get(id(factor.node)), graph, steps)
         for site in factor.sites:
             reason = reason or _obstacle(factor, site, outputs, max_ratio, max_bytes)
         if reason:
             refused.setdefault(id(factor.sites[0].weight), (factor.node, reason))
-        else:
+            continue
+        keys = {id(site.weight): _key(factor, site) for site in factor.sites}
+        if all(changes.get(weight, key) == key for weight, key in keys.items()):
+            changes |= keys
             kept.append(factor)
     return _agreeing(kept, refused), list(refused.values())
 
@@ -111,7 +115,8 @@ def _by_key(factors: list[Factor]) -> _Groups:
 
 
 def _key(factor: Factor, site: Site) -> _Key:
-    return id(site.weight), site.axis, site.span, factor.value.tobytes()
+    axis = 0 if factor.value.ndim == 0 and site.span == Span() else _stored_axis(site)
+    return id(site.weight), axis, site.span, factor.value.tobytes()
 
 
 def _flow_obstacle(factor: Factor, step: FlowStep | None, graph: gs.Graph, steps: Counter[int]) -> str:
@@ -131,21 +136,21 @@ def _obstacle(factor: Factor, site: Site, outputs: set[int], max_ratio: float, m
     node, weight, path = site.node, site.weight, site.path
     if node.op == "Gemm":
         return f"{node.name!r} is a Gemm"
-    if any(above.op not in ("Cast", "Transpose", "Identity") for above in path):
-        return f"the weight {weight.name!r} is quantized"
-    if id(weight) in outputs or any(id(above.outputs[0]) in outputs for above in path):
-        return f"the weight {weight.name!r} is an output of the graph"
+    if reason := weight_obstacle(weight, path, outputs):
+        return reason
     computed = [factor.node.outputs[0], *(bias.node.outputs[0] for bias in site.biases)]
     computed += [node.outputs[0]] if site.linear else []
     casts = [above.outputs[0] for above in path if above.op == "Cast"]
     casts += [bias.node.inputs[bias.index] for bias in site.biases]
     if any(to_numpy(tensor.dtype) != FLOAT32 for tensor in (*computed, *casts)) or not is_float(weight.dtype):
         return "it computes in another type than float32"
-    multipliers = np.abs(_along(factor.value, site.span, weight.shape[_stored_axis(site)]))
-    ratio = float(multipliers.max() / multipliers.min())
+    values = weight_of(weight)
+    multipliers = _scaled_already(values, _stored_axis(site)) * _along(
+        factor.value, site.span, weight.shape[_stored_axis(site)]
+    )
+    ratio = float(np.abs(multipliers).max() / np.abs(multipliers).min())
     if ratio > max_ratio:
         return f"it would scale the channels of one weight {ratio:.3g}-fold apart, more than {max_ratio:g}"
-    values = weight_of(weight)
     growth = math.prod(values.shape) * _dtype(factor, site).itemsize - values.nbytes
     if growth > max_bytes:
         return f"the weight {weight.name!r} would be stored in float32, {growth / MIB:.0f} MiB more"
@@ -166,6 +171,16 @@ def _along(value: Array, span: Span, size: int) -> Array:
     """The multipliers along an axis of `size`, float64: `value` within the span, 1 elsewhere."""
     multipliers = np.ones(size)
     multipliers[span.start : span.stop] = value
+    return multipliers
+
+
+def _scaled_already(weight: Weight, axis: int) -> Array:
+    """By what the channels of a weight along an axis have been multiplied since it was stored."""
+    multipliers: Array = np.ones(())
+    while isinstance(weight, Scaled):
+        if weight.factor.size == weight.factor.shape[axis]:
+            multipliers = multipliers * weight.factor.reshape(-1)
+        weight = weight.base
     return multipliers
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import FLOAT32, is_float, to_numpy, to_onnx
 from pi05c.graph.edit import Editor, Names, producer, replace_input
 from pi05c.graph.io import scopes
@@ -37,21 +38,19 @@ class Retyper:
                 for tensor in node.outputs:
                     self._scope_of[id(tensor)] = scope
 
-    def run_in(self, nodes: Iterable[gs.Node], dtype: Any) -> list[gs.Node]:
-        """Make `nodes` compute in `dtype` and return those that did not before.
+    def run_in(self, nodes: Iterable[gs.Node], dtype: Any) -> None:
+        """Make `nodes` compute in `dtype`.
 
         A float input from outside is cast at the border, or taken from before a Cast that stands there: a constant
         is always read as it is stored. A float output keeps its type for readers outside by a Cast. A Cast of
         `nodes` that none of them reads stands at the border already, and stays.
         """
         nodes = _without_borders(nodes)
-        changing = others_than(nodes, dtype)
         inside = {id(node) for node in nodes}
         dtype = to_numpy(dtype)
         for node in nodes:
             self._retype_inputs(node, inside, dtype)
             self._retype_outputs(node, inside, dtype)
-        return changing
 
     def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
         for index, tensor in _entering(node, inside):
@@ -75,7 +74,7 @@ class Retyper:
                 if (id(user) not in inside and user.op != "Cast") or _reads_fixed(user, tensor)
             ]
             if id(tensor) in self._outputs:
-                tensor = self._keep_output(node, index, tensor, inside, dtype)
+                self._keep_output(node, index, tensor, inside, dtype)
             elif outside:
                 tensor.dtype = dtype
                 cast = self._cast(tensor, before, self._scope_of[id(node)])
@@ -86,7 +85,7 @@ class Retyper:
 
     def _keep_output(
         self, node: gs.Node, index: int, tensor: gs.Variable, inside: set[int], dtype: Any
-    ) -> gs.Variable:
+    ) -> None:
         """Put a Cast between `node` and an output of its graph, which keeps name and type."""
         inner = gs.Variable(
             self._names.unique(f"{tensor.name}.{dtype.name}"), dtype=dtype, shape=tensor.shape
@@ -99,7 +98,6 @@ class Retyper:
         attrs = {"to": to_onnx(tensor.dtype)}
         name = self._names.unique(f"{tensor.name}.Cast")
         self._scope_of[id(node)].nodes.append(gs.Node("Cast", name, attrs, [inner], [tensor]))
-        return inner
 
     def _before_casts(self, tensor: gs.Tensor, dtype: Any) -> gs.Tensor:
         """The tensor before float-to-float casts: a constant as stored, or a value that has `dtype` already."""
@@ -203,7 +201,7 @@ def each_redundant_cast(graph: gs.Graph) -> Iterator[gs.Node]:
     for scope in scopes(graph):
         outputs = {id(tensor) for tensor in scope.outputs}
         for node in scope.nodes:
-            if node.op != "Cast" or node.domain not in (None, "", "ai.onnx") or not node.inputs:
+            if node.op != "Cast" or node.domain not in STANDARD_DOMAINS or not node.inputs:
                 continue
             target, source = to_numpy(node.attrs["to"]), node.inputs[0]
             above = producer(source)

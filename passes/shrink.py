@@ -70,6 +70,8 @@ class Shrinker:
         for index, need in reads:
             node.inputs[index] = self._select(node.inputs[index], need)
         sizes = [self._sizes(tensor, need) for tensor, need in zip(node.outputs, entry.makes, strict=True)]
+        if node.op == "Squeeze" and not any(tensor.name for tensor in node.inputs[1:]):
+            node.op, node.attrs = "Reshape", {}  # it would squeeze an axis that has shrunk to one row as well
         if node.op in ("Reshape", "Expand"):
             node.attrs.pop("allowzero", None)
             self._give(entry, sizes[0])

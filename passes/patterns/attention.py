@@ -91,6 +91,8 @@ def attention_operators(graph: gs.Graph) -> list[gs.Node]:
 
 def _match(softmax: Softmax, outputs: set[int]) -> Attention | str:
     """The attention around a softmax, or why there is none."""
+    if not softmax.over_last_axis:
+        return "it runs over another axis than the last, which keys lie along"
     between: list[gs.Node] = []
     scales: list[tuple[gs.Node, float]] = []
     masked = False

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
-from pi05c.passes.patterns.dependence import STANDARD_DOMAINS
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.passes.patterns.walk import constant_integers, static_shape
 
 Batched = frozenset[int]
@@ -103,6 +103,12 @@ def _images(node: gs.Node, batched: Batched) -> str:
     return "" if batched == {0} and len(static_shape(node.inputs[0]) or ()) >= 3 else _OTHER
 
 
+def _max_pool(node: gs.Node, batched: Batched) -> str:
+    if len(node.outputs) > 1 and node.outputs[1].name:
+        return "counts its indices from the start of the batch"
+    return _images(node, batched)
+
+
 def _batch_norm(node: gs.Node, batched: Batched) -> str:
     return _MIXES if node.attrs.get("training_mode") else _images(node, batched)
 
@@ -151,7 +157,8 @@ def _transpose(node: gs.Node, batched: Batched) -> str:
 _RULES: dict[str, Callable[[gs.Node, Batched], str]] = {
     **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(("Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _images),
+    **dict.fromkeys(("Conv", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _images),
+    "MaxPool": _max_pool,
     **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), _images),
     "BatchNormalization": _batch_norm,
     "MatMul": _matmul,

@@ -7,6 +7,7 @@ from enum import Enum
 
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.io import scopes
 from pi05c.graph.sort import captured_by
 from pi05c.passes.patterns.loop_form import Carried, LoopForm
@@ -16,8 +17,6 @@ NONDETERMINISTIC = frozenset(
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 """Operators that may give another result each time they run (ONNX operator specification)."""
-
-STANDARD_DOMAINS = frozenset([None, "", "ai.onnx"])
 
 
 class Dependence(Enum):

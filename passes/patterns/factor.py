@@ -182,12 +182,16 @@ class _Search:
     def _behind(self, tensor: gs.Tensor, readers: Collection[int], value: Array) -> _Match:
         """Follow a factor on `tensor`, which `readers` alone may read, back to a weight."""
         span, biases, reason = Span(), list[Bias](), ""
+        rotating = False
         while (node := producer(tensor)) is not None:
             if not reason and id(tensor) in self.outputs:
                 reason = f"{tensor.name!r}, which it multiplies, is an output of the graph"
             other = next((user for user in tensor.outputs if id(user) not in readers), None)
             if not reason and other is not None:
                 reason = f"{other.name!r} reads {tensor.name!r} without it"
+            twice = next((u for u in tensor.outputs if sum(t is tensor for t in u.inputs) > 1), None)
+            if not reason and twice is not None and not rotating:
+                reason = f"{twice.name!r} reads {tensor.name!r} more than once"
             rope = self.ropes.get(id(tensor))
             if id(node) in self.linears or self._gathers_rows(node):
                 site = self._site(node, span, tuple(biases))
@@ -195,8 +199,9 @@ class _Search:
             if rope is not None and value.ndim == 0 and span == Span():
                 if not reason and not self._closed(rope):
                     reason = f"the rotation {rope.name!r} has another reader"
-                tensor, readers = rope.input, {id(inner) for inner in rope.nodes}
+                tensor, readers, rotating = rope.input, {id(inner) for inner in rope.nodes}, True
                 continue
+            rotating = False
             if node.op == "Split" and span == Span():
                 found = _span(node, tensor)
                 if found is None:
@@ -314,8 +319,10 @@ def _bias(add: gs.Node, span: Span) -> Bias | None:
         found = constant(add.inputs[index])
         if found is not None and not _rounded(add.inputs[index]):
             shape = weight_of(found).shape
-            columns = (static_shape(add.outputs[0]) or (0,))[-1]
-            fits = bool(shape) and shape[-1] == math.prod(shape) == columns
+            columns = {
+                (static_shape(tensor) or (0,))[-1] for tensor in (add.inputs[1 - index], add.outputs[0])
+            }
+            fits = bool(shape) and shape[-1] == math.prod(shape) and columns == {shape[-1]}
             return Bias(add, index, span) if fits else None
     return None
 

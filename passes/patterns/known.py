@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import BOOL, to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.evaluate import Evaluator
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
-from pi05c.passes.patterns.dependence import STANDARD_DOMAINS, runtime_tensors
+from pi05c.passes.patterns.dependence import runtime_tensors
 from pi05c.passes.patterns.walk import static_shape
 
 NO_CONDITION = -1
@@ -162,10 +163,8 @@ def both(left: Elements, right: Elements) -> Elements:
     false = left.zero | right.zero
     first, second, fits = _merged(left, right)
     known = false | (fits & _is_condition(left) & _is_condition(right))
-    nothing = np.where(false, NO_CONDITION, 0)
-    return Elements(
-        known, ~false, np.zeros_like(false), np.where(false, nothing, first), np.where(false, nothing, second)
-    )
+    first, second = (np.where(false, NO_CONDITION, part) for part in (first, second))
+    return Elements(known, ~false, np.zeros_like(false), first, second)
 
 
 def choose(condition: Elements, yes: Elements, no: Elements) -> Elements:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.edit import producer
 from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, static_shape
 
@@ -66,7 +67,7 @@ def find_linears(graph: gs.Graph) -> list[Linear]:
 
 def linear_at(scope: gs.Graph, node: gs.Node) -> Linear | None:
     """The linear that a MatMul or Gemm of `scope` is, None where its right factor is no constant of rank 2."""
-    if node.op not in ("MatMul", "Gemm") or node.domain not in (None, "", "ai.onnx") or len(node.inputs) < 2:
+    if node.op not in ("MatMul", "Gemm") or node.domain not in STANDARD_DOMAINS or len(node.inputs) < 2:
         return None
     tensor, path = node.inputs[1], []
     while (above := producer(tensor)) is not None and above.op in _WEIGHT_PATH:
@@ -96,6 +97,19 @@ def bias_of(linear: Linear) -> Bias | None:
         if found is not None and tuple(found.shape) == (linear.columns,):
             return Bias(users[0], index, found)
     return None
+
+
+def weight_obstacle(weight: gs.Constant, path: Sequence[gs.Node], outputs: Collection[int]) -> str:
+    """Why a weight that is read through `path` cannot be changed in place, empty where nothing speaks against it.
+
+    Args:
+        outputs: `id` of every tensor that the graph or one of its bodies returns.
+    """
+    if any(node.op not in _STORAGE for node in path):
+        return f"the weight {weight.name!r} is quantized"
+    if any(id(tensor) in outputs for tensor in (weight, *(node.outputs[0] for node in path))):
+        return f"the weight {weight.name!r} is an output of the graph"
+    return ""
 
 
 def readers_of(weight: gs.Constant) -> list[gs.Node]:

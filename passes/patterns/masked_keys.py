@@ -65,6 +65,9 @@ def find_mask(attention: Attention, known: Known) -> Mask | str:
         zero = constant_elements(np.zeros((), np.float32))
         parts = [zero if index == logits else known.of(t) for index, t in enumerate(node.inputs)]
         condition, yes, no = parts
+        fill = parts[3 - logits] if logits else None
+        if fill is not None and (fill.known & ((fill.high == 0) | (fill.low == 0))).any():
+            return f"its mask sets logits to 0 in {node.name!r}"  # as if it let them through
         elements = None if condition is None or yes is None or no is None else choose(condition, yes, no)
     if elements is None or not elements.known.any():
         return "its mask is known only when the model runs (specialize fixes what is known before)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
 from pi05c.passes.patterns.masked_keys import ALWAYS, DEAD
@@ -77,7 +78,7 @@ def is_shrunk(need: Need) -> bool:
 
 def flow(node: gs.Node, outputs: Sequence[Need]) -> Flow | None:
     """What a node reads for the needed part of its outputs; None where its operator or its shapes are not known."""
-    if node.domain not in (None, "", "ai.onnx") or node.op not in _FLOWS:
+    if node.domain not in STANDARD_DOMAINS or node.op not in _FLOWS:
         return None
     tensors = [*(tensor for tensor in node.inputs if tensor.name), *node.outputs]
     if any(0 in (static_shape(tensor) or (0,)) and static_shape(tensor) != () for tensor in tensors):
@@ -481,4 +482,4 @@ _FLOWS: dict[str, Callable[[gs.Node, Sequence[Need]], Flow | None]] = {
     "Tile": _tile,
     "Transpose": _transpose,
 }
-"""By operator (ONNX operator specification, opset 13 to 23)."""
+"""By operator (ONNX operator specification, opset 13 to 24)."""

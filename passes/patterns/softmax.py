@@ -5,11 +5,30 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from pi05c.passes.patterns.region import Region
-from pi05c.passes.patterns.walk import each_node, made_by, origin
+from pi05c.passes.patterns.walk import constant_integers, each_node, made_by, origin
 
 
 class Softmax(Region):
     """One softmax: the operator, or reduction, exponential, sum and quotient."""
+
+    @property
+    def over_last_axis(self) -> bool:
+        """Whether it is sure to run over the last axis."""
+        last = (-1, len(self.input.shape or ()) - 1)
+        if self.nodes[0].op == "Softmax":
+            return self.nodes[0].attrs.get("axis", -1) in last
+        return all(
+            axes is not None and len(axes) == 1 and axes[0] in last
+            for axes in (_axes(node) for node in self.nodes if node.op in ("ReduceMax", "ReduceSum"))
+        )
+
+
+def _axes(reduce: gs.Node) -> tuple[int, ...] | None:
+    """The constant axes of a reduction, an attribute before opset 18 (13 for ReduceSum), then an input."""
+    if len(reduce.inputs) > 1:
+        return constant_integers(reduce.inputs[1])
+    axes = reduce.attrs.get("axes")
+    return None if axes is None else tuple(axes)
 
 
 def find_softmaxes(graph: gs.Graph) -> list[Softmax]:

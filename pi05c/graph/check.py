@@ -6,15 +6,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
 from pi05c.graph.io import Model, scopes, to_proto
 from pi05c.graph.weights import PENDING, array_of
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-
-STANDARD_DOMAINS = (None, "", "ai.onnx")
-TENSORRT_DOMAIN = "trt"
-"""Of the operators that TensorRT adds, such as `TRT_FP4DynamicQuantize`."""
 
 _FOLLOWERS = {
     "Attention": ((3, "mask", (BOOL,)),),

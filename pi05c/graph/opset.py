@@ -14,12 +14,11 @@ import onnx.version_converter
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, model_from_proto, scopes
-
-_STANDARD = (None, "", "ai.onnx")
 
 _TYPES_ONLY = frozenset({"Constant", "If", "Loop", "Scan", "SequenceMap"})
 """Operators whose newer versions, from opset 11 on, take more types and change nothing else."""
@@ -59,7 +58,7 @@ def raise_opset(model: Model, opset: int) -> bool:
                     changed[id(node)] = converted
     names = Names(graph)
     domains = [
-        onnx.helper.make_opsetid(known.domain, opset if known.domain in _STANDARD else known.version)
+        onnx.helper.make_opsetid(known.domain, opset if known.domain in STANDARD_DOMAINS else known.version)
         for known in graph.import_domains or [onnx.helper.make_opsetid("", opset)]
     ]
     for scope in list(scopes(graph)):
@@ -74,7 +73,7 @@ def raise_opset(model: Model, opset: int) -> bool:
 
 
 def _has_other_version(node: gs.Node, old: int, new: int) -> bool:
-    if node.domain not in _STANDARD or node.op in _TYPES_ONLY or not onnx.defs.has(node.op):
+    if node.domain not in STANDARD_DOMAINS or node.op in _TYPES_ONLY or not onnx.defs.has(node.op):
         return False
     try:
         before = onnx.defs.get_schema(node.op, old)

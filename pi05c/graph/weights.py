@@ -270,7 +270,7 @@ class Scaled(Weight):
         super().__init__(base.shape, base.dtype if dtype is None else dtype)
         self.base = base
         rank = len(base.shape)
-        self.factor = np.asarray(factor, np.float32).reshape(
+        self.factor: Array = np.asarray(factor, np.float32).reshape(
             (1,) * (rank - np.ndim(factor)) + np.shape(factor)
         )
 
