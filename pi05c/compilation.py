@@ -108,7 +108,8 @@ def compile(
     Args:
         model: the plain graph.
         output: the folder to write; an engine folder that is there is replaced in one step.
-        passes: pipeline text, None for `default` or for that of the stage which `options` starts from; of a split engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
+        passes: pipeline text, None for `default` or for that of the stage which `options` starts from; of a split
+            engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
         split: parts that become one engine each, `vision,prefix+denoise`; None for one engine.
         calibration: .npz files or folders of samples, or the word `synthetic`; see `find_samples`.
         target: GPUs to build for, `sm120,sm89`; None for the one at hand.
@@ -178,11 +179,12 @@ def compile(
                 targets=builder.targets,
                 cache=cache,
                 scratch=work.folder,
+                reads={path, *(() if samples is None else samples.files)},
                 device=device,
             )
             for piece in pieces
         ]
-        narrow_borders([piece.model for piece in pieces])
+        narrow_borders([piece.model for piece in pieces], {record.name for record in outputs})
         for piece in pieces:
             refuse_unsupported(builder.targets, dtypes_of(piece.model.graph))
         for piece in pieces:
@@ -331,7 +333,7 @@ def _only(spaces: Outputs, names: Sequence[str]) -> Outputs:
 
 def _asked(passes: str, pieces: Sequence[Piece]) -> PipelineRecord:
     """What was asked for of a split engine; what the passes did is told part by part."""
-    resolved = ",".join(f"{piece.place}={','.join(step.text for step in piece.steps)}" for piece in pieces)
+    resolved = ",".join(f"{piece.place}={piece.plan.text}" for piece in pieces)
     return PipelineRecord(requested=passes, resolved=resolved, passes=[])
 
 

@@ -176,15 +176,24 @@ class PassCost:
 
 
 def cost_after_each_pass(
-    path: Path | str, passes: str, before_pass: Callable[[str], None] | None = None
+    path: Path | str,
+    passes: str,
+    before_pass: Callable[[str], None] | None = None,
+    *,
+    plugins: Sequence[str | Path] = (),
 ) -> list[PassCost]:
     """Run a pipeline on a graph that is then thrown away, with `AssumedRanges` for what passes would calibrate.
 
-    Raises:
-        Pi05cError: as `cost_of`, or a pass cannot run.
-    """
-    from pi05c.passes import PRESETS, pipeline
+    Args:
+        plugins: as `pi05c.plugins.parse_passes` takes them.
 
+    Raises:
+        Pi05cError: as `cost_of`, a plug-in cannot be loaded, or a pass cannot run.
+    """
+    from pi05c.passes import pipeline
+    from pi05c.plugins import parse_passes
+
+    steps = parse_passes(passes, plugins)
     model = load(path)
     found = [PassCost("", 0, kernels_of(model))]
 
@@ -194,7 +203,7 @@ def cost_after_each_pass(
 
     pipeline.run(
         model,
-        pipeline.parse(passes, PRESETS),
+        steps,
         calibrate=lambda _model, _tensors: AssumedRanges(),
         before_step=None if before_pass is None else lambda step: before_pass(step.spec.name),
         after_step=after_step,

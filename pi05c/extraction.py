@@ -265,14 +265,17 @@ _COLLECTED = "pi05c.x"
 
 
 def part_samples(
-    part: PartGraph, space: Mapping[str, Array], table: StepTable | None
+    part: PartGraph, space: Mapping[str, Array], rows: Sequence[Array]
 ) -> list[dict[str, Array]]:
-    """What a part is fed for one sample, of which `space` holds what `PlainBorders` gives; once a step for a step."""
+    """What a part is fed for one sample, of which `space` holds what `PlainBorders` gives.
+
+    Args:
+        rows: of a step, those of its table: it is fed once for each.
+    """
     fixed = {name: space[name] for name in part.takes() if name not in (STATE, ROW)}
     if part.step is None:
         return [fixed]
-    assert table is not None, "a step has a table"
-    return [{**fixed, STATE: x, ROW: row} for x, row in zip(space[STATE], table.rows(), strict=True)]
+    return [{**fixed, STATE: x, ROW: row} for x, row in zip(space[STATE], rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -337,9 +340,9 @@ def extract_part(
         with progress.stage("run the plain graph"):
             table = None if found.step is None else StepTable(table_path)
             borders = PlainBorders(path, [found])
-            feeds = []
+            feeds, rows = [], [] if table is None else table.rows()
             for index, sample in enumerate(samples):
-                steps = part_samples(found, borders.run(sample), table)
+                steps = part_samples(found, borders.run(sample), rows)
                 feeds.append(steps[index * (len(steps) - 1) // max(1, len(samples) - 1)])
             save_samples(sidecar, feeds, synthetic=samples.synthetic)
     return ExtractResult(

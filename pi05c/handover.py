@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -14,7 +14,7 @@ from pi05c.graph.sort import sort_graph
 _NARROW = (FLOAT16, BFLOAT16)
 
 
-def narrow_borders(models: Sequence[Model]) -> None:
+def narrow_borders(models: Sequence[Model], keep: Collection[str]) -> None:
     """Let parts hand over 16-bit tensors where that changes no number. Edits the models in place.
 
     A tensor that its maker widens at its end crosses as it was before, and one that all its readers narrow to one
@@ -24,9 +24,10 @@ def narrow_borders(models: Sequence[Model]) -> None:
     Args:
         models: parts in order of execution; an output of one and an input of a later one are the same tensor where
             they have one name.
+        keep: outputs of the policy, which keep their type whoever else reads them.
     """
     for index, maker in enumerate(models):
-        for name in [tensor.name for tensor in maker.graph.outputs]:
+        for name in [tensor.name for tensor in maker.graph.outputs if tensor.name not in keep]:
             readers = [
                 (model.graph, tensor)
                 for model in models[index + 1 :]

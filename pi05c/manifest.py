@@ -102,7 +102,10 @@ class CostRecord(_Record):
 
 
 class PassRecord(_Record):
-    """What one pass did, with every option it ran with, and what each part costs after it (empty: not known)."""
+    """What one pass did, with every option it ran with, and what each part costs after it (empty: not known).
+
+    `moved` is the relative L2 error of the outputs against those before the pass; None where it was not measured.
+    """
 
     name: str
     exact: bool
@@ -114,6 +117,7 @@ class PassRecord(_Record):
     nodes_before: int
     nodes_after: int
     cost: list[CostRecord] = Field(default_factory=list)
+    moved: Number | None = None
 
 
 class PipelineRecord(_Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +100,30 @@ def plan(passes: str | None, options: RunOptions) -> Plan:
         steps = (*steps[:done], *_limited(steps[done:], text))
     if options.stop_after is not None:
         steps = steps[: _place(options.stop_after, steps, done, "--stop-after") + 1]
-    if options.print_after not in (None, CHANGED, ALL):
-        assert options.print_after is not None
-        _place(options.print_after, steps, done, "--print-after")
-    return Plan(steps, done, options.start_from)
+    chosen = Plan(steps, done, options.start_from)
+    refuse_print_after(options, [chosen])
+    return chosen
+
+
+def refuse_print_after(options: RunOptions, plans: Sequence[Plan]) -> None:
+    """Check that one of several runs prints something.
+
+    Raises:
+        UsageError: the pass that `print_after` names does not run.
+    """
+    name = options.print_after
+    if name is None or name in (CHANGED, ALL):
+        return
+    titles = [(title, plain) for plan in plans for title, plain in _titles(plan)]
+    if all(name not in either for either in titles):
+        ahead = [step for plan in plans for step in plan.ahead]
+        raise UsageError(f"--print-after names {name!r}, which does not run: {_running(ahead)}")
+
+
+def _titles(plan: Plan) -> list[tuple[str, str]]:
+    """How the stages behind the passes that run are called: `03-name` and `name`."""
+    names = [step.spec.name for step in plan.steps]
+    return [(f"{number:02d}-{name}", name) for number, name in enumerate(names, 1)][plan.done :]
 
 
 def _resolved(passes: str | None, options: RunOptions) -> tuple[tuple[Step, ...], int]:
@@ -156,6 +176,11 @@ class RunSamples:
     measured: Samples
     held_back: Samples
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that they are read from."""
+        return self.measured.files | self.held_back.files
+
 
 def samples_for(
     plain: Model, steps: Sequence[Step], calibration: Sequence[str | Path], progress: Progress
@@ -195,6 +220,7 @@ class Calibrator:
 
     Attributes:
         ranges: what was given; None before, and where there are no samples.
+        recorded: the ranges beside the stage that the run starts from; None where it starts before them.
         measured: whether this run measured them, or found them in its cache.
     """
 
@@ -209,17 +235,17 @@ class Calibrator:
         scratch: Path | None = None,
     ) -> None:
         self._title = title
-        self._recorded: MeasuredRanges | None = None
+        self.recorded: MeasuredRanges | None = None
         if plan.start is not None and any(step.spec.ranges for step in plan.steps[: plan.done]):
-            self._recorded = recorded_ranges(plan.start.parent)
+            self.recorded = recorded_ranges(plan.start.parent)
         self._samples, self._progress, self._cache, self._scratch = samples, progress, cache, scratch
         self.ranges: MeasuredRanges | None = None
         self.measured = False
 
     def __call__(self, model: Model, tensors: Sequence[str]) -> Ranges | None:
         """A `pi05c.passes.pipeline.Calibrate`."""
-        if self._recorded is not None:
-            self.ranges = self._recorded
+        if self.recorded is not None:
+            self.ranges = self.recorded
         elif self._samples is not None:
             self.measured = True
             with self._progress.stage(self._title) as update:
@@ -261,6 +287,8 @@ def run(
     samples: Samples | None = None,
     targets: Sequence[Target] = (),
     scratch: Path | None = None,
+    reads: Iterable[Path] = (),
+    place: str = "",
     after_step: AfterStep | None = None,
 ) -> RunResult:
     """Run the passes that are ahead on `model`, in place.
@@ -269,6 +297,8 @@ def run(
         samples: inputs that dumped stages are kept with and numbers are verified on.
         targets: GPUs whose formats `verify_each` holds the graph to.
         scratch: folder for stages that are measured and not dumped; None: the system's.
+        reads: files of samples and the plain graph, which a dump must not replace.
+        place: the part that the model is, named where stages are printed; empty for the whole.
         after_step: called after each pass as well.
 
     Raises:
@@ -283,7 +313,8 @@ def run(
     number = plan.done
 
     with ExitStack() as stack:
-        folder = _stage_folder(plan, model, options, numbers, scratch, stack)
+        reads = {path for path in (*reads, model.path, plan.start) if path is not None}
+        folder = _stage_folder(plan, options, reads, numbers, scratch, stack)
 
         def write(follows: str | None) -> Path | None:
             if folder is not None:
@@ -304,7 +335,7 @@ def run(
             if options.print_after in (ALL, spec.name, f"{number:02d}-{spec.name}") or (
                 options.print_after == CHANGED and result.rewrites
             ):
-                _print_stage(current, number, result)
+                _print_stage(current, number, result, place)
             if checker is not None:
                 checker.check(current, path, result)
             if after_step is not None:
@@ -312,6 +343,8 @@ def run(
 
         if folder is not None and samples is not None:
             folder.write_samples(samples)
+        if folder is not None and calibrate.recorded is not None:
+            folder.write_ranges(calibrate.recorded)
         if plan.start is not None and _goes_on_in(options.dump, plan):
             stages[number] = plan.start
         else:
@@ -330,11 +363,16 @@ def run(
 
 
 def _stage_folder(
-    plan: Plan, model: Model, options: RunOptions, numbers: bool, scratch: Path | None, stack: ExitStack
+    plan: Plan,
+    options: RunOptions,
+    reads: Collection[Path],
+    numbers: bool,
+    scratch: Path | None,
+    stack: ExitStack,
 ) -> StageFolder | None:
     if options.dump is not None:
-        first = plan.done + _goes_on_in(options.dump, plan)
-        return StageFolder(options.dump, plan.text, first=first, reads=model.path)
+        first = plan.done + 1 if _goes_on_in(options.dump, plan) else 0
+        return StageFolder(options.dump, plan.text, first=first, reads=reads)
     if numbers:
         made = stack.enter_context(TemporaryDirectory(prefix="pi05c-", dir=scratch))
         return StageFolder(Path(made), plan.text)
@@ -346,10 +384,9 @@ def _goes_on_in(dump: Path | None, plan: Plan) -> bool:
     return plan.start is not None and dump is not None and plan.start.parent.resolve() == dump.resolve()
 
 
-def _print_stage(model: Model, number: int, result: StepResult) -> None:
-    title = (
-        f"# {number:02d}-{result.step.spec.name}: {len(result.changes)} changed, {len(result.skips)} skipped"
-    )
+def _print_stage(model: Model, number: int, result: StepResult, place: str) -> None:
+    stage = f"{number:02d}-{result.step.spec.name}{f' of {place}' if place else ''}"
+    title = f"# {stage}: {len(result.changes)} changed, {len(result.skips)} skipped"
     print(f"{title}\n{canonical_text(model.graph)}", end="", file=sys.stderr)
 
 
@@ -391,6 +428,7 @@ def run_passes(
             update,
             samples=None if samples is None else samples.held_back,
             targets=parse_targets(target) if target is not None else (),
+            reads={path, *(() if samples is None else samples.files)},
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pi05c.backend.devices import Device
 from pi05c.backend.targets import Target
+from pi05c.comparison import Comparison
 from pi05c.cost import cost_records
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model
@@ -41,11 +42,6 @@ class Piece:
     runs: int = 1
     held_back: Samples | None = None
 
-    @property
-    def steps(self) -> tuple[pipeline.Step, ...]:
-        """Its passes, those that it has been through included."""
-        return self.plan.steps
-
     def title(self, what: str) -> str:
         """What is done, with the part that it is done to."""
         return f"{what} of {self.place}" if self.place else what
@@ -71,6 +67,7 @@ def rewrite(
     targets: Sequence[Target],
     cache: Path | None,
     scratch: Path,
+    reads: Iterable[Path] = (),
     device: Device | None = None,
 ) -> Rewritten:
     """Run a piece's passes on its model, and count what it costs before and after each.
@@ -80,6 +77,7 @@ def rewrite(
         targets: GPUs whose number formats the graph may use.
         cache: folder of measured ranges; None for the user's.
         scratch: folder for weights that have to be evaluated.
+        reads: as `pi05c.passrun.run` takes them.
         device: the GPU that costs are for; None where it is not known.
 
     Raises:
@@ -108,6 +106,8 @@ def rewrite(
             samples=piece.held_back,
             targets=targets,
             scratch=scratch,
+            reads=reads,
+            place=piece.place,
             after_step=count_cost,
         )
     for step in piece.plan.ahead:
@@ -116,12 +116,15 @@ def rewrite(
                 f"{step.spec.name} ran without ranges, so activations are not guarded against overflow: give "
                 "--calibration FILE.npz"
             )
-    resolved = ",".join(step.text for step in piece.plan.steps)
-    piece.model.metadata["pi05c.pipeline"] = resolved
+    piece.model.metadata["pi05c.pipeline"] = piece.plan.text
+    moved: Sequence[Comparison | None] = [error.comparison for error in done.errors]
     record = PipelineRecord(
         requested=piece.requested,
-        resolved=resolved,
-        passes=[_pass_record(*after) for after in zip(done.results, costs[1:], strict=True)],
+        resolved=piece.plan.text,
+        passes=[
+            _pass_record(*after)
+            for after in zip(done.results, costs[1:], moved or [None] * len(done.results), strict=True)
+        ],
         cost=costs[0],
         cost_device=None if device is None else device.product,
     )
@@ -138,7 +141,7 @@ def _cost(model: Model, runs: int, device: Device | None, progress: Progress) ->
     return cost_records(kernels, device)
 
 
-def _pass_record(result: pipeline.StepResult, cost: list[CostRecord]) -> PassRecord:
+def _pass_record(result: pipeline.StepResult, cost: list[CostRecord], moved: Comparison | None) -> PassRecord:
     spec = result.step.spec
     defaults = {name: parameter.default for name, parameter in spec.options.items()}
     return PassRecord(
@@ -152,4 +155,5 @@ def _pass_record(result: pipeline.StepResult, cost: list[CostRecord]) -> PassRec
         nodes_before=result.nodes_before,
         nodes_after=result.nodes_after,
         cost=cost,
+        moved=None if moved is None else moved.worst.relative_l2,
     )

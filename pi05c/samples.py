@@ -114,6 +114,11 @@ class Samples(Sequence[dict[str, Array]]):
     def _wanted(self, arrays: Mapping[str, Array]) -> list[str]:
         return [name for name in arrays if name != SYNTHETIC and (self._names is None or name in self._names)]
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that they are read from."""
+        return {sample.path for sample in self._samples if sample.path is not None}
+
     def only(self, names: Iterable[str]) -> Samples:
         """The same samples without other arrays than those named."""
         return Samples(self._samples, self.source, self.synthetic, frozenset(names))

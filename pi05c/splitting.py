@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pi05c.extraction import (
-    STEP,
     Grouping,
     PartGraph,
     PlainBorders,
@@ -23,7 +22,7 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import save
 from pi05c.graph.runner import Array
 from pi05c.passes import pipeline
-from pi05c.passrun import Plan, RunOptions, plan
+from pi05c.passrun import Plan, RunOptions, plan, refuse_print_after
 from pi05c.progress import Progress
 from pi05c.rewriting import Piece
 from pi05c.samples import Samples
@@ -83,7 +82,7 @@ def parse_part_passes(
     found = {}
     for name in names:
         requested = ",".join(texts[name]) if name in texts else rest
-        chosen = plan(requested, options)
+        chosen = plan(requested, replace(options, print_after=None))
         for step in chosen.steps:
             if step.spec.name in _WHOLE_ONLY:
                 raise UsageError(
@@ -91,6 +90,7 @@ def parse_part_passes(
                     "--backend onnxruntime first, and split the model.onnx of that folder"
                 )
         found[name] = PartPasses(requested, chosen)
+    refuse_print_after(options, [passes.plan for passes in found.values()])
     return found
 
 
@@ -167,7 +167,8 @@ def pieces_of(
             table = StepTable(place / TABLE)
         samples = None
         if measured is not None and plain is not None:
-            feeds = [fed for space in plain for fed in part_samples(part, space, table)]
+            rows = [] if table is None else table.rows()
+            feeds = [fed for space in plain for fed in part_samples(part, space, rows)]
             samples = Samples.of(feeds, source=measured.source, synthetic=measured.synthetic)
         chosen = passes[part.name]
         pieces.append(
@@ -183,4 +184,4 @@ def pieces_of(
     return pieces
 
 
-__all__ = ["STEP", "PartPasses", "cut", "parse_part_passes", "parse_split", "pieces_of", "run_plain"]
+__all__ = ["PartPasses", "cut", "parse_part_passes", "parse_split", "pieces_of", "run_plain"]

@@ -93,8 +93,8 @@ class StageChecker:
             worst = comparison.worst
             raise VerificationError(
                 f"pass {spec.name} is said to be exact, but moved {worst.output} of sample {worst.sample} by a relative "
-                f"L2 error of {worst.relative_l2:.4g}, more than {limit:g}: leave it out with -{spec.name}, or find the "
-                "rewrite with pi05c bisect"
+                f"L2 error of {worst.relative_l2:.4g}, more than {limit:g}: leave it out with -{spec.name}, or narrow it "
+                f"down to a rewrite with --rewrite-limit {spec.name}=N"
             )
 
     def _problems(self, model: Model) -> list[str]:

@@ -2,13 +2,13 @@
 
 `00-input.onnx` and `03-lower_precision.onnx` stand beside their canonical texts. The data file of a stage holds the
 weights that no earlier stage has, and a stage names the files of the stages before it by location. Beside them lie
-the ranges that passes were given, and the samples that the stages can be run on.
+the ranges that passes were given, and, of a whole policy, the samples that the stages can be run on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,45 +128,48 @@ class StageFolder:
         pipeline: the text of the whole pipeline.
     """
 
-    def __init__(self, folder: Path, pipeline: str, *, first: int = 0, reads: Path | None = None) -> None:
+    def __init__(self, folder: Path, pipeline: str, *, first: int = 0, reads: Iterable[Path] = ()) -> None:
         """Make the folder, and remove what an earlier run left there from stage `first` on.
 
         Args:
             first: number of the first stage to be written; those before it are kept.
-            reads: the model of the run, which must not be one of the files that are replaced.
+            reads: the files of the run, which must not be among those that are replaced.
 
         Raises:
-            Pi05cError: the folder cannot be made, or holds files under names of stages that are none.
+            Pi05cError: the folder cannot be made, or a file that would be replaced is read by the run or was not
+                left by a dump.
         """
         self.folder = folder
         self.pipeline = pipeline
         self._data = DataFolder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stale = [
-                path
+            named = {
+                path: int(match["number"])
                 for path in sorted(folder.iterdir())
-                if (match := _FILE.match(path.name)) is not None and int(match["number"]) >= first
-            ]
-            for path in stale:
-                self._refuse(path, reads)
-            if first == 0:
-                stale += [folder / name for name in (RANGES, SAMPLES)]
-            for path in stale:
-                path.unlink(missing_ok=True)
+                if (match := _FILE.match(path.name)) is not None
+            }
+            own = {path.stem for path in named if path.suffix == ".onnx" and _is_stage(path)}
+            stale = [path for path, number in named.items() if number >= first]
+            beside = [path for name in (RANGES, SAMPLES) if (path := folder / name).exists()]
+            self._refuse([*stale, *beside], own, {path.resolve() for path in reads})
+            for path in [*stale, *(beside if first == 0 else ())]:
+                path.unlink()
         except OSError as error:
             raise Pi05cError(f"--dump {folder} cannot be written: {error.strerror or error}") from error
 
-    def _refuse(self, path: Path, reads: Path | None) -> None:
-        if reads is not None and path.resolve() == reads.resolve():
-            raise Pi05cError(
-                f"--dump {self.folder} would replace the model that is read, {path.name}: name another folder, or go on "
-                "from that file with --start-from"
-            )
-        if path.suffix == ".onnx" and not _is_stage(path):
-            raise Pi05cError(
-                f"--dump {self.folder} would replace {path.name}, which is no dumped stage: name another folder"
-            )
+    def _refuse(self, replaced: Iterable[Path], own: Collection[str], reads: Collection[Path]) -> None:
+        for path in replaced:
+            if path.resolve() in reads:
+                raise Pi05cError(
+                    f"--dump {self.folder} would replace {path.name}, which is read: name another folder, or go on from "
+                    "a stage of that one with --start-from"
+                )
+            by_dump = path.name.split(".")[0] in own if _FILE.match(path.name) else bool(own)
+            if not by_dump:
+                raise Pi05cError(
+                    f"--dump {self.folder} would replace {path.name}, which no dump left there: name another folder"
+                )
 
     def write(self, model: Model, number: int, follows: str | None) -> Path:
         """Write one stage with its text; the model stays as it is.

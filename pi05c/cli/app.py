@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 _SAMPLES = "--calibration"
 """The option that takes several words: `--calibration a.npz b.npz`."""
 
-
 _VERIFY_EACH = "--verify-each"
 """The option whose value may be left out: `--verify-each`, `--verify-each=numbers`."""
 
@@ -25,7 +24,7 @@ class _Group(TyperGroup):
     def _with_command(self, args: list[str]) -> list[str]:
         """`args` with the command in front: options that all commands share may precede it, `compile` may be left out."""
         shared = 0
-        while shared < len(args) and args[shared] in _SHARED_OPTIONS:
+        while shared < len(args) and args[shared] in SHARED_OPTIONS:
             shared += 1
         args = [*args[shared : shared + 1], *args[:shared], *args[shared + 1 :]]
         if not args or args[0] in self.commands or args[0] in _OWN_OPTIONS:
@@ -34,17 +33,8 @@ class _Group(TyperGroup):
         return ["compile", *args] if names_model or args[0].startswith("-") else args
 
 
-Passes = Annotated[
-    str | None,
-    typer.Option(help="default, fp16, exact, none; `default,-pin_fp32`; `a,b{option=value}`."),
-]
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(help="A Python file, or an installed entry point, that brings further passes."),
-]
-
 _OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
-_SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
+SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
 
 
 def spread(args: list[str]) -> list[str]:
@@ -90,6 +80,14 @@ Backend = Annotated[
 ]
 MaxError = Annotated[
     float | None, typer.Option(help="Largest relative L2 error that passes; exit 3 beyond it.")
+]
+Passes = Annotated[
+    str | None,
+    typer.Option(help="default, fp16, exact, none; `default,-pin_fp32`; `a,b{option=value}`."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="A Python file, or an installed entry point, that brings further passes."),
 ]
 Calibration = Annotated[
     list[str] | None,

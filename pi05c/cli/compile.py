@@ -261,9 +261,10 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
     if manifest.parts:
         table.add_column("part")
     table.add_column("pass")
-    for title in ("changed", "skipped", "nodes", "seconds"):
-        table.add_column(title, justify="right")
     places = [([part.name], part.pipeline) for part in manifest.parts] or [([], manifest.pipeline)]
+    measured = any(record.moved is not None for _, pipeline in places for record in pipeline.passes)
+    for title in ("changed", "skipped", "nodes", "seconds", *(["moved by"] if measured else [])):
+        table.add_column(title, justify="right")
     for place, record in [(place, record) for place, pipeline in places for record in pipeline.passes]:
         table.add_row(
             *place,
@@ -272,6 +273,7 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
             str(len(record.skipped)),
             str(record.nodes_after),
             f"{record.seconds:.2f}",
+            *([f"{record.moved:.4g}"] if record.moved is not None else []),
         )
     screen.print(table)
     screen.print()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pi05c.cli.app import Debug, Json, Quiet, Verbose, app
+from pi05c.cli.app import Debug, Json, Plugin, Quiet, Verbose, app
 from pi05c.cli.output import console, make_progress, print_json
 from pi05c.graph.errors import UsageError
 
@@ -31,6 +31,7 @@ def cost(
     passes: Annotated[
         str | None, typer.Option(help="Run these passes on a copy, and show the cost after each.")
     ] = None,
+    plugin: Plugin = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products use TF32 tensor cores.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -43,10 +44,14 @@ def cost(
 
     if other is not None and passes is not None:
         raise UsageError("--passes takes one model: leave out the second, or --passes")
+    if passes is not None and model.is_dir():
+        raise UsageError(
+            f"--passes takes an ONNX file, and {model} is a folder: name the model that it was made of"
+        )
     device = None if target is None else find_device(target)
     if passes is not None:
         with make_progress(quiet, verbose).stage("passes") as update:
-            found = cost_after_each_pass(model, passes, lambda name: update(None, name))
+            found = cost_after_each_pass(model, passes, lambda name: update(None, name), plugins=plugin or ())
         labels = [step.name or "before" for step in found]
         _show_passes(labels, [step.kernels for step in found], device, tf32=tf32, as_json=json_)
         return

@@ -70,7 +70,7 @@ def inspect(
     if source.robot is not None:
         screen.print(f"robot: {json.dumps(source.robot)}", markup=False)
     if found.manifest is not None:
-        screen.print(f"pipeline: {found.manifest.pipeline.resolved or 'none'}", markup=False)
+        screen.print(f"pipeline: {found.manifest.pipeline.resolved}", markup=False)
         for part in found.manifest.parts:
             screen.print(f"part {part.name}", markup=False)
             for role, records in (("input", part.inputs), ("output", part.outputs)):

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from pi05c.cli.app import app
+from pi05c.cli.app import SHARED_OPTIONS, app
 from pi05c.graph.errors import Pi05cError, UsageError
 
 _SIGNAL_STATUS = 128
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    return next((word for word in arguments if not word.startswith("-")), "")
+    return next((word for word in arguments if word not in SHARED_OPTIONS), "")
 
 
 def _explained(error: Exception) -> tuple[str, int]:

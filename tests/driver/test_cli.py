@@ -228,6 +228,15 @@ def test_a_failed_verification_exits_with_3(
     assert pi05c("verify", rejected, "--max-error", "10").status == 0
 
 
+@pytest.mark.parametrize("output", ["diff", "golden"])
+def test_only_the_command_decides_on_the_exit_status(
+    pi05c: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pi05c("-o", output, "missing.onnx").status == 1
+    assert pi05c("--json", output, "missing.onnx").status == 2
+
+
 def test_a_failed_build_exits_with_4(
     pi05c: Command, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

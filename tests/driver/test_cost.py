@@ -25,7 +25,7 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load, model_from_proto
 from pi05c.graph.weights import Stored, Weight
 from pi05c.kernels import Kernel, kernels_of
-from pi05c.passes import PRESETS
+from pi05c.passes import PRESETS, REGISTRY
 
 GPU = Device("gpu", "a GPU", "sm90", {"fp32": 1e9, "fp16": 4e9, "fp8": 8e9}, 1e6, "made up")
 
@@ -399,3 +399,25 @@ def test_what_has_no_cost_is_refused_with_the_remedy(
     assert run(capsys, "cost", fixed, fixed, "--passes", "exact")[0] == 2
     assert run(capsys, "cost", fixed, "--target", "gtx1080")[0] == 2
     assert run(capsys, "cost", tmp_path / "missing.onnx")[0] == 1
+
+
+def test_passes_of_a_plug_in_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugin = tmp_path / "idle.py"
+    plugin.write_text(
+        "from pi05c.passes import graph_pass\n\n\n@graph_pass(exact=True)\ndef idle(graph, ctx):\n    'Nothing.'\n"
+    )
+    model = write_policy(tmp_path / "model.onnx")
+    before = dict(REGISTRY)
+    try:
+        status, out, _ = run(capsys, "cost", model, "--passes", "idle", "--plugin", plugin, "-q")
+    finally:
+        REGISTRY.clear()
+        REGISTRY.update(before)
+    assert status == 0
+    assert "idle" in out
+
+
+def test_passes_on_a_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = run(capsys, "cost", tmp_path, "--passes", "exact")
+    assert status == 2
+    assert "is a folder" in error

@@ -18,6 +18,7 @@ from small_policy import FAILS, pretend_installed, use_worker
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.targets import Flavour
 from pi05c.cli import main
+from pi05c.extraction import extract, parse_grouping
 from pi05c.graph.runner import Array
 from pi05c.manifest import Manifest, read_manifest
 
@@ -126,6 +127,42 @@ def test_the_cache_crosses_in_float16_where_that_changes_no_number(
         assert {records[name] for name in CACHE} == {dtype}
     assert types(step.outputs) == {"next_x": "float32"}
     assert (prefix.runs, step.runs) == (1, 10)
+
+
+def test_an_output_of_the_policy_keeps_its_type_though_it_crosses(tiny_model: Path, tmp_path: Path) -> None:
+    vision = extract(tiny_model, parse_grouping("vision,prefix,denoise"), 0)
+    inner = vision.results["image_features"]
+    (features,) = vision.model.graph.outputs
+    model = tmp_path / "model.onnx"
+    for file in tiny_model.parent.glob("model.*"):
+        shutil.copy(file, tmp_path)
+    proto = onnx.load(model, load_external_data=False)
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(inner, 1, features.shape))
+    onnx.save(proto, model)
+    folder = tmp_path / "engine"
+    arguments = ["--split", "vision,prefix,denoise", "--passes", "fp16", "--backend", "onnxruntime"]
+    assert main([str(model), *arguments, "-o", str(folder), "-q"]) == 0
+    manifest = read_manifest(folder)
+    assert types(manifest.outputs)[inner] == "float32"
+    (returned,) = [
+        spec for spec in load_runner(folder / "vision" / "model.onnx").outputs if spec.name == inner
+    ]
+    assert returned.dtype == np.float32
+
+
+def test_a_part_without_passes_is_recorded_as_such(compiled: Compile) -> None:
+    manifest = read_manifest(
+        compiled("vision,prefix+denoise", "--passes", "vision=none,prefix+denoise=exact")
+    )
+    assert manifest.pipeline.resolved.startswith("vision=none,prefix+denoise=canonicalize,")
+
+
+def test_stages_are_printed_by_part(compiled: Compile, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled(
+        *("vision,prefix+denoise", "--passes", "vision=none,prefix+denoise=exact"),
+        *("--print-after", "canonicalize"),
+    )
+    assert "# 01-canonicalize of prefix+denoise: " in capsys.readouterr().err
 
 
 def test_parts_are_calibrated_each_on_what_the_plain_parts_before_them_give(compiled: Compile) -> None:

@@ -19,6 +19,7 @@ from pi05c.backend.onnxruntime import load_runner
 from pi05c.folder import GRAPH
 from pi05c.graph.io import load, location_of, tensors
 from pi05c.graph.text import canonical_text
+from pi05c.manifest import read_manifest
 from pi05c.passes import PRESETS, REGISTRY
 from pi05c.stages import STAGE_KEY, stage_files
 
@@ -137,6 +138,47 @@ def test_the_model_that_is_read_is_not_replaced(pi05c: Command, stages: Path) ->
     assert result.status == 1
     assert "--start-from" in result.err
     assert load(stages / "00-input.onnx")
+
+
+@pytest.mark.parametrize("name", ["01-notes.txt", "02-weights.onnx.data", "samples.npz", "ranges.json"])
+def test_a_file_that_no_dump_left_is_not_replaced(
+    pi05c: Command, policy: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("keep me")
+    result = pi05c(policy, "--passes", "exact", "--dump", folder)
+    assert result.status == 1
+    assert name in result.err
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "keep me"}
+
+
+def test_samples_that_are_read_are_not_replaced(pi05c: Command, policy: Path, stages: Path) -> None:
+    before = (stages / "samples.npz").read_bytes()
+    result = pi05c(policy, "--calibration", stages / "samples.npz", "--dump", stages)
+    assert result.status == 1
+    assert "samples.npz, which is read" in result.err
+    assert (stages / "samples.npz").read_bytes() == before
+
+
+def test_going_on_into_another_folder_keeps_nothing_of_another_run(
+    pi05c: Command, policy: Path, stages: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    assert pi05c(policy, "--passes", "exact", "--dump", other).status == 0
+    start = next(path for number, path in stage_files(stages).items() if number == len(PRESETS["exact"]))
+    assert pi05c(policy, "--start-from", start, "--dump", other).status == 0
+    texts = {json.loads(metadata_of(path)[STAGE_KEY])["pipeline"] for path in stage_files(other).values()}
+    assert texts == {",".join(PRESETS["default"])}
+    assert min(stage_files(other)) == len(PRESETS["exact"])
+
+
+def test_ranges_go_along_into_another_folder(
+    pi05c: Command, policy: Path, stages: Path, tmp_path: Path
+) -> None:
+    *_, last = stage_files(stages).values()
+    assert pi05c(policy, "--start-from", last, "--dump", tmp_path / "other").status == 0
+    assert (tmp_path / "other" / "ranges.json").read_text() == (stages / "ranges.json").read_text()
 
 
 def test_a_dump_inside_the_engine_folder_is_refused(pi05c: Command, policy: Path, tmp_path: Path) -> None:
@@ -294,6 +336,16 @@ def test_an_exact_pass_that_is_not_is_named(
         assert "pass wreck is said to be exact" in result.err
     assert not (tmp_path / "e").exists()
     assert max(stage_files(tmp_path / "s")) == 2, "the guilty stage is the last one in the dump"
+
+
+def test_an_engine_folder_keeps_what_each_pass_moved(pi05c: Command, policy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    result = pi05c(policy, "--passes", "fp16", "--verify-each=numbers", "-o", folder, *NO_PLAN)
+    assert "moved by" in result.out
+    moved = {record.name: record.moved for record in read_manifest(folder).pipeline.passes}
+    assert moved["fuse_projections"] is not None
+    assert moved["lower_precision"] is not None
+    assert moved["fuse_projections"] < 1e-5 < moved["lower_precision"]
 
 
 def test_numbers_need_samples(pi05c: Command, policy: Path) -> None:
