@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from pi05c.passes.batch_views import batch_views
 from pi05c.passes.canonicalize import canonicalize
 from pi05c.passes.contract import REGISTRY, Pass, PassContext, Skip, graph_pass
@@ -57,14 +59,25 @@ With `fold_norms` the error of FP8 is 1.02 +- 0.03 times as large over 17 small 
 on the reference model; fitting scales and codes to folded weights takes 4.3 times the processor time of bfloat16 ones.
 """
 
+_WITHOUT_SCALES = {
+    fuse_projections: "max_scale_ratio=1000000",  # a limit is of use only where one FP8 scale serves a joined weight
+}
+"""Options of passes in pipelines that quantize nothing."""
+
+
+def _items(*functions: Callable[..., None], options: Mapping[Callable[..., None], str]) -> tuple[str, ...]:
+    return tuple(
+        f"{each.__name__}{{{options[each]}}}" if each in options else each.__name__ for each in functions
+    )
+
+
 PRESETS: dict[str, tuple[str, ...]] = {
-    name: tuple(function.__name__ for function in functions)
-    for name, functions in {
-        "default": (*(each for each in _EXACT if each not in _WITHOUT_FP8), *_FLOAT16, *_FP8, *_FINISH),
-        "fp16": (*_EXACT, *_FLOAT16, *_FINISH),
-        "exact": _EXACT,
-        "none": (),
-    }.items()
+    "default": _items(
+        *(each for each in _EXACT if each not in _WITHOUT_FP8), *_FLOAT16, *_FP8, *_FINISH, options={}
+    ),
+    "fp16": _items(*_EXACT, *_FLOAT16, *_FINISH, options=_WITHOUT_SCALES),
+    "exact": _items(*_EXACT, options=_WITHOUT_SCALES),
+    "none": (),
 }
 """What each word in `--passes` stands for: FP8, float16, nothing that changes numbers, nothing at all."""
 

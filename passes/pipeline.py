@@ -96,7 +96,7 @@ def parse(text: str, presets: dict[str, tuple[str, ...]]) -> tuple[Step, ...]:
             raise UsageError(f"{item!r} in --passes is malformed: write name, -name or name{{option=value}}")
         name, options = match["name"], match["options"]
         if name in presets and not match["minus"] and options is None:
-            steps.extend(Step(REGISTRY[member]) for member in presets[name])
+            steps.extend(parse(",".join(presets[name]), {}) if presets[name] else ())
             continue
         if name not in REGISTRY:
             known = ", ".join([*presets, *REGISTRY])
@@ -238,7 +238,7 @@ def _spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, list)):
         return ",".join(str(part) for part in value)
-    return str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _check_order(steps: Sequence[Step]) -> None:

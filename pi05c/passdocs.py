@@ -15,6 +15,7 @@ from pi05c.diffview import fenced
 from pi05c.golden import AFTER_SUFFIX, BEFORE_SUFFIX
 from pi05c.graph.errors import UsageError
 from pi05c.passes import PRESETS, REGISTRY, Pass
+from pi05c.passes.pipeline import named
 
 INDEX = "README.md"
 
@@ -84,7 +85,7 @@ def page(spec: Pass, cases: Sequence[Example]) -> str:
 
 
 def _facts(spec: Pass) -> list[str]:
-    presets = [f"`{name}`" for name, members in PRESETS.items() if spec.name in members]
+    presets = [f"`{name}`" for name, members in PRESETS.items() if spec.name in named(",".join(members))]
     facts = [
         (
             "exact",

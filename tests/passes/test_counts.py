@@ -25,9 +25,6 @@ MATMULS_A_LAYER = 8
 MATMULS_AT_THE_ENDS = 2
 """action_in_proj and action_out_proj."""
 
-PIPELINE = "exact,fuse_projections{max_scale_ratio=100}"
-"""Random weights of few elements differ in their largest more than trained ones."""
-
 
 @dataclass(frozen=True)
 class Denoising:
@@ -60,7 +57,7 @@ class Denoising:
 
 
 def compiled(model: Model, layers: int) -> Denoising:
-    run_passes(model, PIPELINE)
+    run_passes(model, "exact")
     return Denoising(model.graph, layers)
 
 
