@@ -2,7 +2,8 @@
 
 - `targets`: the GPUs that can be compiled for, what their tensor cores take, and who builds for them.
 - `tensorrt`: engines by TensorRT and TensorRT-RTX, built in a child process (`tensorrt_worker`); `build_engine.sh`
-  for targets that cannot be built here; running an engine on a GPU.
+  for targets that cannot be built here.
+- `tensorrt_engine`: a plan on the GPU, by the runtime of either flavour; `cuda`: memory, stream and graphs.
 - `onnxruntime`: reference and simulated runs on the CPU, through `lowering`, which spells out what
   onnxruntime lacks or computes in a wider format than the graph says.
 - `signature`: names, types and shapes of inputs and outputs, and the one check of what is fed to them.

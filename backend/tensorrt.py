@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -27,11 +27,10 @@ from typing import Any
 
 import pi05c
 from pi05c.backend.gpu import compute_capabilities
-from pi05c.backend.signature import TensorSpec, check_inputs, inputs_of
+from pi05c.backend.signature import TensorSpec, inputs_of
 from pi05c.backend.targets import Flavour, Target, target_of
 from pi05c.backend.tensorrt_worker import EVENT, Request, memory_of
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
-from pi05c.graph.runner import Array
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.tensorrt_worker")
 """The command that takes the path of a request; tests put a misbehaving one in its place."""
@@ -551,90 +550,11 @@ echo "model.engine is built: $(wc -c < model.engine) bytes"
 """
 
 
-class EngineRunner:
-    """Runs a plan on the GPU of this machine; implements `pi05c.graph.runner.Runner`."""
-
-    def __init__(self, runner: Any, on_device: Collection[str] = ()) -> None:
-        """Wrap a runner of Polygraphy that is active; see `load_engine`."""
-        self._runner = runner
-        self._on_device = frozenset(on_device)
-        metadata = runner.get_input_metadata()
-        import numpy as np
-        from polygraphy.datatype import DataType
-
-        self.inputs = tuple(
-            TensorSpec(
-                name,
-                np.dtype(DataType.to_dtype(entry.dtype, "numpy")),
-                tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in entry.shape),
-            )
-            for name, entry in metadata.items()
-        )
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once. What stays on the GPU is valid until the next run.
-
-        Raises:
-            Pi05cError: an input is missing, unknown, or of another type or shape.
-        """
-        import numpy as np
-
-        host = {name: array for name, array in inputs.items() if isinstance(array, np.ndarray)}
-        check_inputs([spec for spec in self.inputs if spec.name in host or spec.name not in inputs], host)
-        if not self._on_device:
-            outputs = self._runner.infer(feed_dict=dict(inputs), check_inputs=False)
-            return {name: value.copy() for name, value in outputs.items()}
-        views = self._runner.infer(feed_dict=dict(inputs), check_inputs=False, copy_outputs_to_host=False)
-        return {
-            name: view if name in self._on_device else view.numpy().copy() for name, view in views.items()
-        }
-
-
-def load_engine(plan_path: Path, flavour: Flavour, on_device: Collection[str] = ()) -> EngineRunner:
-    """Load a plan for repeated runs on the GPU of this machine.
-
-    Args:
-        plan_path: what `build` or `build_engine.sh` wrote.
-        flavour: the one that built it.
-        on_device: names of outputs that stay in GPU memory, to be fed to another engine as they are.
-
-    Raises:
-        Pi05cError: no GPU, the flavour is not installed, or the plan does not load on this GPU.
-    """
-    if not compute_capabilities():
-        raise Pi05cError(
-            f"{plan_path} runs on an NVIDIA GPU, and this machine has none: run the graph in onnxruntime instead"
-        )
-    find_flavour(flavour)
-    rtx = flavour is Flavour.TENSORRT_RTX
-    if "polygraphy.config" not in sys.modules:
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if rtx else "0"
-    from polygraphy import config
-    from polygraphy.backend.trt import EngineFromPath, TrtRunner
-    from polygraphy.exception import PolygraphyException
-
-    if rtx != config.USE_TENSORRT_RTX:
-        raise Pi05cError(
-            f"this process has loaded the other flavour already: run {flavour.product} in a new process"
-        )
-    runner = TrtRunner(EngineFromPath(str(plan_path)))
-    try:
-        runner.activate()
-    except PolygraphyException as error:
-        here = ", ".join("{}.{}".format(*capability) for capability in compute_capabilities())
-        raise Pi05cError(
-            f"{plan_path} does not load on this GPU (compute capability {here}) with {flavour.product} "
-            f"{installed_version(flavour)}: build it here with `pi05c build`"
-        ) from error
-    return EngineRunner(runner, on_device)
-
-
 __all__ = [
     "MIN_TENSORRT",
     "BuildOptions",
     "BuildProgress",
     "BuildResult",
-    "EngineRunner",
     "ShapeProfile",
     "build",
     "can_build",
@@ -642,6 +562,5 @@ __all__ = [
     "find_flavour",
     "installed_flavours",
     "installed_version",
-    "load_engine",
     "trtexec_script",
 ]

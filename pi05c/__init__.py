@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pi05c.extraction import extract_part as extract
     from pi05c.frontend.export import export_model as export
     from pi05c.inspection import inspect
+    from pi05c.runtime import load
     from pi05c.verification import run, verify
 
 _WHERE = {
@@ -24,11 +25,12 @@ _WHERE = {
     "export": ("pi05c.frontend.export", "export_model"),
     "extract": ("pi05c.extraction", "extract_part"),
     "inspect": ("pi05c.inspection", "inspect"),
+    "load": ("pi05c.runtime", "load"),
     "run": ("pi05c.verification", "run"),
     "verify": ("pi05c.verification", "verify"),
 }
 
-__all__ = ["build", "compile", "export", "extract", "inspect", "run", "verify"]
+__all__ = ["build", "compile", "export", "extract", "inspect", "load", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:

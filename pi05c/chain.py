@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
@@ -44,6 +44,7 @@ class Chain:
         outputs: what `run` gives.
         table: of the step, if the last stage is one.
         steps: denoising steps; None for as many as the policy was exported with.
+        place_row: puts a row where the stages take it from; None where they take arrays.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Chain:
         *,
         table: StepTable | None = None,
         steps: int | None = None,
+        place_row: Callable[[Array], Any] | None = None,
     ) -> None:
         self._stages = list(stages)
         self._outputs = list(outputs)
         self._table = table
-        self._rows = [] if table is None else table.rows(steps)
+        rows: Sequence[Any] = [] if table is None else table.rows(steps)
+        self._rows = list(rows) if place_row is None else [place_row(row) for row in rows]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; see `Runner`."""
@@ -88,6 +91,7 @@ def load_chain(
     *,
     steps: int | None = None,
     load: Callable[[str], StageRunner] | None = None,
+    place_row: Callable[[Array], Any] | None = None,
 ) -> Chain:
     """Load the parts of a split engine.
 
@@ -95,7 +99,7 @@ def load_chain(
         folder: the engine folder.
         parts: the names of its parts.
         outputs: of the policy.
-        steps: see `Chain`.
+        steps, place_row: see `Chain`.
         load: gives the runner of a part by its name; None for its graph in onnxruntime.
 
     Raises:
@@ -111,7 +115,7 @@ def load_chain(
     stages = [
         Stage(part, load_runner(folder / part / GRAPH) if load is None else load(part)) for part in parts
     ]
-    return Chain(stages, outputs, table=table, steps=steps)
+    return Chain(stages, outputs, table=table, steps=steps, place_row=place_row)
 
 
 __all__ = ["Chain", "Stage", "load_chain"]

@@ -38,8 +38,8 @@ the graph that makes its rows. Of a split engine, graph and plan lie in a subfol
 FAILED_BUILD = "failed-build"
 """Subfolder with the log of a failed build and the command that repeats it."""
 
-_MADE_LATER = (PLAN, REPORT, "timing.cache")
-"""What `build_engine.sh` and `pi05c build` write into a folder that has its manifest already."""
+_MADE_LATER = (PLAN, REPORT, "timing.cache", f"{PLAN}.cache")
+"""What `build_engine.sh`, `pi05c build` and TensorRT-RTX at run time write into a folder that has its manifest."""
 
 _RENAME_EXCHANGE = 2
 """Flag of Linux renameat2(2) that swaps two paths in one step."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_graphsurgeon as gs
 
+from pi05c.backend.signature import TensorSpec
 from pi05c.folder import GRAPH
-from pi05c.graph.dtypes import BOOL, name_of
+from pi05c.graph.dtypes import BOOL, name_of, to_numpy
 from pi05c.graph.io import Model, load, scopes
 from pi05c.graph.specialization import FixedInput, fixed_inputs
 from pi05c.graph.weights import weight_of
@@ -107,6 +109,16 @@ def tensor_records(tensors: list[gs.Tensor]) -> list[TensorRecord]:
         )
         for tensor in tensors
     ]
+
+
+def spec_of_record(record: TensorRecord) -> TensorSpec:
+    """What a manifest says of a tensor, as a specification."""
+    named = {"float32": "FLOAT", "float64": "DOUBLE"}.get(record.dtype, record.dtype.upper())
+    dtype = to_numpy(onnx.TensorProto.DataType.Value(named))
+    assert dtype is not None
+    return TensorSpec(
+        record.name, dtype, tuple(dim if isinstance(dim, int) else None for dim in record.shape)
+    )
 
 
 def with_fixed(records: Sequence[TensorRecord], fixed: Sequence[FixedInput]) -> list[TensorRecord]:

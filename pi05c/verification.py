@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
-from pi05c.backend.targets import Flavour
-from pi05c.backend.tensorrt import EngineRunner, load_engine
 from pi05c.chain import load_chain
 from pi05c.comparison import Comparison, compare
-from pi05c.extraction import NEXT_STATE
 from pi05c.fitting import refuse_unfit
 from pi05c.folder import GRAPH, PLAN, SAMPLES
-from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load
 from pi05c.graph.runner import Array, Runner
 from pi05c.graph.specialization import fixed_inputs
+from pi05c.inspection import spec_of_record
 from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.precision import default_limit, refuse_limit
 from pi05c.progress import Progress, Update
+from pi05c.runtime import ONNXRUNTIME, choose
+from pi05c.runtime import load as load_policy
 from pi05c.samples import Samples, fixed_specs, input_specs, load_samples, save_samples
 
 ENGINE = "the engine on its GPU"
@@ -142,7 +140,7 @@ def verify(
         raise Pi05cError(
             f"there is no {path} to verify against: name inputs with reference outputs with --samples FILE.npz"
         )
-    wanted = [_spec(record.name, record.dtype, record.shape) for record in manifest.outputs]
+    wanted = [spec_of_record(record) for record in manifest.outputs]
     model = _model(folder, manifest)
     specs = _input_specs(model, manifest)
     found = load_samples([path], specs, [*wanted, *fixed_specs(model)])
@@ -184,7 +182,7 @@ def _input_specs(model: Model, manifest: Manifest | None) -> tuple[TensorSpec, .
     """What is fed to a policy: of a split one, what its parts take together and none of them makes."""
     if manifest is None or not manifest.parts:
         return input_specs(model)
-    return tuple(_spec(record.name, record.dtype, record.shape) for record in manifest.inputs if record.fed)
+    return tuple(spec_of_record(record) for record in manifest.inputs if record.fed)
 
 
 def _simulation(path: Path, manifest: Manifest | None, steps: int | None = None) -> Runner:
@@ -195,31 +193,8 @@ def _simulation(path: Path, manifest: Manifest | None, steps: int | None = None)
 
 
 def _engine(folder: Path, manifest: Manifest, steps: int | None = None) -> tuple[Runner | None, str | None]:
-    """The folder's plans, loaded, or why they do not run here."""
-    for place in manifest.places:
-        if not (folder / place / PLAN).is_file():
-            return None, f"{folder / place} has no {PLAN} yet"
-    if not compute_capabilities():
-        return None, "this machine has no NVIDIA GPU"
-    if manifest.engine.flavour is None:
-        return None, f"{folder} was compiled without a plan"
-    flavour = Flavour(manifest.engine.flavour)
-    if not manifest.parts:
-        return load_engine(folder / PLAN, flavour), None
-    handed = {record.name for part in manifest.parts for record in part.outputs} - {NEXT_STATE}
-    handed -= {record.name for record in manifest.outputs}
-    outputs = [record.name for record in manifest.outputs]
-
-    def load_part(place: str) -> EngineRunner:
-        return load_engine(folder / place / PLAN, flavour, on_device=handed)
-
-    return load_chain(folder, manifest.places, outputs, steps=steps, load=load_part), None
-
-
-def _spec(name: str, dtype: str, shape: list[int | str]) -> TensorSpec:
-    import onnx
-
-    named = {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
-    numpy_dtype = to_numpy(onnx.TensorProto.DataType.Value(named))
-    assert numpy_dtype is not None
-    return TensorSpec(name, numpy_dtype, tuple(dim if isinstance(dim, int) else None for dim in shape))
+    """The folder's engine, loaded, or why it does not run here."""
+    chosen, obstacle = choose(folder, manifest)
+    if chosen == ONNXRUNTIME:
+        return None, obstacle
+    return load_policy(folder, backend=chosen, steps=steps), None

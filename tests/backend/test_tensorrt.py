@@ -8,12 +8,9 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from onnx import TensorProto
-from polygraphy.common import TensorMetadata
 from small_graphs import node, write_fp8_linear, write_model
 
 from pi05c.backend import tensorrt
@@ -21,14 +18,12 @@ from pi05c.backend.targets import Flavour, parse_targets
 from pi05c.backend.tensorrt import (
     BuildOptions,
     BuildProgress,
-    EngineRunner,
     ShapeProfile,
     build,
     can_build,
     find_flavour,
 )
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
-from pi05c.graph.runner import Array
 
 RTX = BuildOptions(Flavour.TENSORRT_RTX, parse_targets("sm89"), time_limit_s=60)
 
@@ -282,66 +277,3 @@ def test_choice_of_the_flavour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason == "TensorRT builds for the GPU at hand, which is sm90, not sm110"
     with pytest.raises(UsageError, match="unknown builder 'tvm'"):
         find_flavour("tvm")
-
-
-@needs_no_gpu
-def test_an_engine_does_not_load_without_a_gpu(plan: Path) -> None:
-    with pytest.raises(Pi05cError, match="runs on an NVIDIA GPU, and this machine has none"):
-        tensorrt.load_engine(plan, Flavour.TENSORRT_RTX)
-
-
-class StandInForTrtRunner:
-    """What `EngineRunner` uses of Polygraphy's `TrtRunner`; it gives the same buffer at each run."""
-
-    def __init__(self) -> None:
-        self.buffer = np.zeros((2, 3), np.float32)
-
-    def get_input_metadata(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        metadata.add("tokens", np.dtype(np.int64), (2, -1))
-        metadata.add("mask", np.dtype(np.bool_), (2,))
-        return metadata
-
-    def infer(self, feed_dict: dict[str, Array], check_inputs: bool) -> dict[str, Array]:
-        self.buffer += feed_dict["tokens"].sum()
-        return {"actions": self.buffer}
-
-
-class StandInForDeviceView:
-    """What is used of Polygraphy's `DeviceView`; nothing else may be asked of what stays on the GPU."""
-
-    def __init__(self, values: Array) -> None:
-        self._values = values
-
-    def numpy(self) -> Array:
-        return self._values
-
-
-class StandInOnTheDevice(StandInForTrtRunner):
-    """Gives its results on the GPU, and takes tokens from there."""
-
-    def infer(self, feed_dict: dict[str, Array], check_inputs: bool, copy_outputs_to_host: bool) -> Any:
-        assert not copy_outputs_to_host
-        assert isinstance(feed_dict["tokens"], StandInForDeviceView)
-        return {name: StandInForDeviceView(self.buffer) for name in ("keys", "actions")}
-
-
-def test_what_an_engine_hands_to_another_stays_on_the_gpu() -> None:
-    runner = EngineRunner(StandInOnTheDevice(), {"keys"})
-    given: Any = StandInForDeviceView(np.ones((2, 5), np.int64))
-    results = runner.run({"tokens": given, "mask": np.ones(2, np.bool_)})
-    assert isinstance(results["keys"], StandInForDeviceView)
-    assert isinstance(results["actions"], np.ndarray)
-    with pytest.raises(Pi05cError, match="missing input 'mask'"):
-        runner.run({"tokens": given})
-
-
-def test_engine_runner_checks_inputs_and_keeps_results_apart() -> None:
-    runner = EngineRunner(StandInForTrtRunner())
-    assert [str(spec) for spec in runner.inputs] == ["tokens: int64[2,?]", "mask: bool[2]"]
-    inputs = {"tokens": np.ones((2, 5), np.int64), "mask": np.ones(2, np.bool_)}
-    first = runner.run(inputs)["actions"]
-    second = runner.run(inputs)["actions"]
-    assert (first[0, 0], second[0, 0]) == (10, 20)
-    with pytest.raises(Pi05cError, match="input 'mask' has shape"):
-        runner.run({**inputs, "mask": np.ones(3, np.bool_)})

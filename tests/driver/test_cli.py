@@ -35,6 +35,7 @@ from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.targets import Flavour
 from pi05c.cli.app import spread as spread_samples
 from pi05c.folder import GRAPH, PLAN
+from pi05c.manifest import Manifest
 from pi05c.passes import PRESETS, REGISTRY
 
 __all__ = ["policy", "wrecking_pass"]
@@ -500,17 +501,18 @@ def test_run_and_verify_use_the_engine_where_it_runs(
         def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
             return {name: value * np.float32(1.5) for name, value in graph.run(inputs).items()}
 
-    loaded: list[tuple[Path, Flavour]] = []
+    loaded: list[tuple[Path, str]] = []
 
-    def load_engine(plan: Path, flavour: Flavour) -> Engine:
-        loaded.append((plan, flavour))
+    def load_engine(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> Engine:
+        loaded.append((folder, backend))
         return Engine()
 
-    monkeypatch.setattr("pi05c.verification.compute_capabilities", lambda: ((12, 0),))
-    monkeypatch.setattr("pi05c.verification.load_engine", load_engine)
+    monkeypatch.setattr("pi05c.runtime.compute_capabilities", lambda: ((12, 0),))
+    monkeypatch.setattr("pi05c.runtime.installed_flavours", lambda: tuple(Flavour))
+    monkeypatch.setattr("pi05c.runtime._on_device", load_engine)
     inputs = policy.with_name("model.calibration.npz")
     assert "the engine on its GPU" in pi05c("run", folder, "--inputs", inputs, "-o", tmp_path / "o.npz").out
-    assert loaded == [(folder / PLAN, Flavour.TENSORRT_RTX)]
+    assert loaded == [(folder, "tensorrt-rtx")]
     result = pi05c("verify", folder)
     assert result.status == 3
     assert "simulated" in result.out
@@ -527,11 +529,12 @@ def test_a_plan_that_does_not_load_is_an_error_to_verify_and_a_warning_to_run(
     folder = tmp_path / "engine"
     assert pi05c(policy, "--passes", "none", "-o", folder, "--target", "sm120").status == 0
 
-    def load_engine(plan: Path, flavour: Flavour) -> None:
-        raise Pi05cError(f"{plan} does not load on this GPU")
+    def load_engine(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> None:
+        raise Pi05cError(f"{folder / PLAN} does not load on this GPU")
 
-    monkeypatch.setattr("pi05c.verification.compute_capabilities", lambda: ((8, 9),))
-    monkeypatch.setattr("pi05c.verification.load_engine", load_engine)
+    monkeypatch.setattr("pi05c.runtime.compute_capabilities", lambda: ((8, 9),))
+    monkeypatch.setattr("pi05c.runtime.installed_flavours", lambda: tuple(Flavour))
+    monkeypatch.setattr("pi05c.runtime._on_device", load_engine)
     inputs = policy.with_name("model.calibration.npz")
     result = pi05c("run", folder, "--inputs", inputs, "-o", tmp_path / "o.npz")
     assert result.status == 0

@@ -1,0 +1,357 @@
+"""`pi05c.load`: an engine folder as a callable policy, on whatever of this machine runs it fastest."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from pi05c.backend.gpu import compute_capabilities
+from pi05c.backend.signature import TensorSpec
+from pi05c.backend.targets import Flavour
+from pi05c.backend.tensorrt import installed_flavours
+from pi05c.chain import load_chain
+from pi05c.contract import Contract, vocabulary_of
+from pi05c.folder import GRAPH, PLAN
+from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.specialization import FixedInput
+from pi05c.inspection import spec_of_record
+from pi05c.manifest import Manifest, read_manifest
+
+ONNXRUNTIME = "onnxruntime"
+
+WARM_UP_RUNS = 3
+"""Calls after which clocks and caches have settled; the first of them captures the CUDA graph."""
+
+Work = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Puts one run on a device's stream: buffers by input name -> buffers by output name."""
+
+
+class Device(Protocol):
+    """Where buffers lie, and the one stream that everything runs on."""
+
+    @property
+    def name(self) -> str: ...
+    def activate(self) -> None: ...
+    def allocate(self, spec: TensorSpec) -> Any: ...
+    def copy_in(self, buffer: Any, value: Any) -> None: ...
+    def copy_out(self, buffer: Any, like: Any = None) -> Any: ...
+    def capture(self, work: Callable[[], Mapping[str, Any]]) -> Callable[[], None]: ...
+    def synchronize(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Part(Protocol):
+    """A loaded engine that takes and gives buffers of its device."""
+
+    inputs: tuple[TensorSpec, ...]
+
+    def run(self, inputs: Any) -> dict[str, Any]: ...
+    def begin(self) -> None: ...
+    def save_cache(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Policy:
+    """A loaded engine folder. Calls from several threads run one after the other.
+
+    Attributes:
+        inputs: what a call takes.
+        outputs: what it gives.
+        backend: `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`.
+        ran: one phrase on what runs where.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        outputs: Sequence[TensorSpec],
+        backend: str,
+        ran: str,
+        session: _Session,
+    ) -> None:
+        self.inputs, self.outputs = contract.inputs, tuple(outputs)
+        self.backend, self.ran = backend, ran
+        self._contract, self._session = contract, session
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __call__(self, observation: Mapping[str, Any] | None = None, /, **named: Any) -> dict[str, Any]:
+        """Run once.
+
+        Args:
+            observation: inputs by name; numpy arrays, or torch tensors on the CPU or the GPU.
+            named: inputs, or more of them.
+
+        Returns:
+            The outputs by name, which later calls do not change: torch tensors on the device of the first tensor if
+            an input is one, else numpy arrays.
+
+        Raises:
+            Pi05cError: an input is missing, unknown, or not what the folder was compiled for; or the policy is closed.
+        """
+        given = self._contract.check({**(observation or {}), **named})
+        with self._lock:
+            if self._closed:
+                raise Pi05cError("the policy is closed: load it again")
+            like = next((value for value in given.values() if not isinstance(value, np.ndarray)), None)
+            return self._session.run(given, like)
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As a call; see `pi05c.graph.runner.Runner`."""
+        return self(inputs)
+
+    def warm_up(self, observation: Mapping[str, Any] | None = None, runs: int = WARM_UP_RUNS) -> None:
+        """Run some times, on zeros with open masks where no observation is given, so that the next call is fast."""
+        if observation is None:
+            observation = {spec.name: _open_array(spec) for spec in self.inputs}
+            observation |= self._contract.fixed_values()
+        for _ in range(runs):
+            self(observation)
+
+    def close(self) -> None:
+        """Free what it holds on the GPU; a second time does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._session.close()
+
+    def __enter__(self) -> Policy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Session(Protocol):
+    def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class HostSession:
+    """The graph in onnxruntime."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]:
+        arrays = {name: _to_numpy(value) for name, value in inputs.items()}
+        results = self._work(arrays)
+        if like is None:
+            return results
+        import torch
+
+        return {name: torch.from_numpy(value).to(like.device) for name, value in results.items()}
+
+    def close(self) -> None:
+        pass
+
+
+class DeviceSession:
+    """Engines on a GPU: buffers that are allocated once, and one CUDA graph that is captured at the first run.
+
+    What cannot be captured runs call by call, with a warning.
+    """
+
+    def __init__(
+        self, device: Device, parts: Sequence[Part], work: Work, inputs: Sequence[TensorSpec]
+    ) -> None:
+        self._device, self._parts, self._work = device, list(parts), work
+        self._buffers = {spec.name: device.allocate(spec) for spec in inputs}
+        self._results: dict[str, Any] = {}
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]:
+        self._device.activate()
+        for name, value in inputs.items():
+            self._device.copy_in(self._buffers[name], value)
+        self.launch()
+        return {name: self._device.copy_out(buffer, like) for name, buffer in self._results.items()}
+
+    def launch(self) -> None:
+        """Put one run on the stream, from the inputs of the last one."""
+        if self._replay is None:
+            self._prepare()
+        else:
+            self._replay()
+
+    def _prepare(self) -> None:
+        """Run once as it is, so that everything lazy is done, and capture the second run."""
+        self._enqueue()
+        self._device.synchronize()
+        try:
+            self._replay = self._device.capture(self._enqueue)
+        except (Pi05cError, RuntimeError) as error:
+            warnings.warn(f"no CUDA graph, so each call is launched anew: {error}", stacklevel=5)
+            self._replay = self._launch_each
+        for part in self._parts:
+            part.save_cache()
+        self._replay()
+
+    def _launch_each(self) -> None:
+        self._enqueue()
+
+    def _enqueue(self) -> dict[str, Any]:
+        for part in self._parts:
+            part.begin()
+        self._results = self._work(self._buffers)
+        return self._results
+
+    def close(self) -> None:
+        self._device.activate()
+        self._device.synchronize()
+        for part in self._parts:
+            part.save_cache()
+            part.close()
+        self._replay, self._results = None, {}
+        self._device.close()
+
+
+def load(folder: Path | str, *, backend: str | None = None, steps: int | None = None) -> Policy:
+    """Load an engine folder for repeated runs.
+
+    Args:
+        folder: what `pi05c.compile` wrote.
+        backend: `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; None for the first of them that the folder
+            holds and this machine runs, with a warning where that is onnxruntime.
+        steps: denoising steps, of a folder whose step is an engine of its own; None for as many as it was exported
+            with.
+
+    Raises:
+        UsageError: `steps` is given and the steps are inside an engine; an unknown backend.
+        Pi05cError: it is no engine folder, or the backend that was asked for does not run it here.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if steps is not None and not manifest.parts:
+        raise UsageError(
+            f"the denoising steps of {folder} are inside its engine: compile with --split vision+prefix,step to choose "
+            "them at run time"
+        )
+    found, obstacle = choose(folder, manifest, backend)
+    if found == ONNXRUNTIME:
+        if backend is None:
+            warnings.warn(f"{obstacle}, so {folder} runs in onnxruntime on the CPU", stacklevel=2)
+        return _on_host(folder, manifest, steps)
+    return _on_device(folder, manifest, found, steps)
+
+
+def choose(folder: Path, manifest: Manifest, backend: str | None = None) -> tuple[str, str]:
+    """What runs a folder here, and why not something faster (empty where nothing is).
+
+    Raises:
+        UsageError: the backend is unknown.
+        Pi05cError: the one that was asked for does not run it here.
+    """
+    flavours = {flavour.value: flavour for flavour in Flavour}
+    known = [*flavours, ONNXRUNTIME]
+    if backend is not None and backend not in known:
+        raise UsageError(f"unknown backend {backend!r}: choose among {', '.join(known)}")
+    if backend == ONNXRUNTIME:
+        return ONNXRUNTIME, "onnxruntime was asked for"
+    obstacle = _obstacle(folder, manifest, flavours)
+    made_by = manifest.engine.flavour
+    if backend is not None and made_by != backend and obstacle is None:
+        obstacle = f"the plan of {folder} was made by {made_by}, not by {backend}"
+    if obstacle is None:
+        assert made_by is not None
+        return made_by, ""
+    if backend is not None:
+        raise Pi05cError(f"{backend} does not run here: {obstacle}")
+    return ONNXRUNTIME, obstacle
+
+
+def _obstacle(folder: Path, manifest: Manifest, flavours: Mapping[str, Flavour]) -> str | None:
+    if missing := [place for place in manifest.places if not (folder / place / PLAN).is_file()]:
+        return f"{folder / missing[0]} has no {PLAN} yet"
+    if not compute_capabilities():
+        return "this machine has no NVIDIA GPU"
+    flavour = flavours.get(manifest.engine.flavour or "")
+    if flavour is None:
+        return f"{folder} was compiled without a plan"
+    if flavour not in installed_flavours():
+        return f"{flavour.product} is not installed (pip install '{flavour.extra}')"
+    return None
+
+
+def _on_host(folder: Path, manifest: Manifest, steps: int | None) -> Policy:
+    contract = _contract(manifest)
+    names = [record.name for record in manifest.outputs]
+    if manifest.parts:
+        work: Work = load_chain(folder, manifest.places, names, steps=steps).run
+    else:
+        from pi05c.backend.onnxruntime import load_runner
+
+        work = load_runner(folder / GRAPH).run
+    return Policy(contract, _outputs(manifest), ONNXRUNTIME, "its graph in onnxruntime", HostSession(work))
+
+
+def _on_device(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> Policy:
+    from pi05c.backend.cuda import CudaDevice
+    from pi05c.backend.tensorrt_engine import TensorRTEngine
+
+    flavour = Flavour(backend)
+    device = CudaDevice()
+    parts: dict[str, Part] = {}
+    try:
+        for place in manifest.places:
+            parts[place] = TensorRTEngine(folder / place / PLAN, flavour, device)
+        session = device_session(folder, manifest, device, parts, steps)
+    except BaseException:
+        device.close()
+        raise
+    return Policy(_contract(manifest), _outputs(manifest), backend, "the engine on its GPU", session)
+
+
+def device_session(
+    folder: Path, manifest: Manifest, device: Device, parts: Mapping[str, Part], steps: int | None = None
+) -> DeviceSession:
+    """Chain the parts of a folder on one device; what crosses their borders stays there."""
+    inputs = _contract(manifest).inputs
+    if not manifest.parts:
+        (part,) = parts.values()
+        return DeviceSession(device, [part], part.run, inputs)
+
+    def place_row(row: Any) -> Any:
+        buffer = device.allocate(TensorSpec("row", row.dtype, row.shape))
+        device.copy_in(buffer, row)
+        return buffer
+
+    names = [record.name for record in manifest.outputs]
+    chain = load_chain(
+        folder, manifest.places, names, steps=steps, load=parts.__getitem__, place_row=place_row
+    )
+    return DeviceSession(device, list(parts.values()), chain.run, inputs)
+
+
+def _contract(manifest: Manifest) -> Contract:
+    specs = [spec_of_record(record) for record in manifest.inputs if record.fed]
+    fixed = [
+        FixedInput(record.name, tuple(int(dim) for dim in record.shape), tuple(record.fixed))
+        for record in manifest.inputs
+        if record.fixed is not None
+    ]
+    return Contract(specs, fixed, vocabulary_of(manifest))
+
+
+def _outputs(manifest: Manifest) -> list[TensorSpec]:
+    return [spec_of_record(record) for record in manifest.outputs]
+
+
+def _open_array(spec: TensorSpec) -> Any:
+    shape = [int(dim) if isinstance(dim, int) else 1 for dim in spec.shape]
+    return np.ones(shape, spec.dtype) if spec.dtype.kind == "b" else np.zeros(shape, spec.dtype)
+
+
+def _to_numpy(value: Any) -> Any:
+    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+
+
+__all__ = ["ONNXRUNTIME", "DeviceSession", "HostSession", "Policy", "choose", "device_session", "load"]
