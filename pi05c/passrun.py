@@ -391,7 +391,7 @@ def _print_stage(model: Model, number: int, result: StepResult, place: str) -> N
 
 
 def run_passes(
-    model: Path | str,
+    model: Path | str | Model,
     passes: str | None = None,
     options: RunOptions | None = None,
     *,
@@ -403,7 +403,7 @@ def run_passes(
     """Run passes and nothing else: no engine folder is written, and the outcome is not held against the plain graph.
 
     Args:
-        model: the plain graph.
+        model: the plain graph, or its file; a graph in memory is rewritten in place.
         passes: as `plan` takes them.
         calibration: as `pi05c.samples.find_samples` takes it.
         target: GPUs whose formats `verify_each` holds the graph to.
@@ -413,11 +413,12 @@ def run_passes(
         Pi05cError: as `plan` and `run`.
     """
     progress, options = progress or Progress(), options or RunOptions()
-    path = Path(model)
     chosen = plan(passes, options)
-    plain = load(path)
-    samples = samples_for(plain, chosen.steps, calibration, progress)
-    current = plain if chosen.start is None else chosen.load(path)
+    plain = model if isinstance(model, Model) else load(model)
+    samples = None
+    if calibration or _uses_samples(chosen, options):
+        samples = samples_for(plain, chosen.steps, calibration, progress)
+    current = plain if chosen.start is None else load_stage(chosen.start)[0]
     calibrate = Calibrator(chosen, None if samples is None else samples.measured, progress, cache=cache)
     with progress.stage("passes") as update:
         return run(
@@ -428,8 +429,16 @@ def run_passes(
             update,
             samples=None if samples is None else samples.held_back,
             targets=parse_targets(target) if target is not None else (),
-            reads={path, *(() if samples is None else samples.files)},
+            reads={
+                *(() if plain.path is None else (plain.path,)),
+                *(() if samples is None else samples.files),
+            },
         )
+
+
+def _uses_samples(plan: Plan, options: RunOptions) -> bool:
+    measures = any(step.spec.ranges is not None for step in plan.ahead)
+    return measures or options.dump is not None or options.verify_each == "numbers"
 
 
 __all__ = ["Calibrator", "Plan", "RunOptions", "RunResult", "plan", "run", "run_passes"]
