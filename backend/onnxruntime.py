@@ -41,6 +41,7 @@ class OnnxRuntimeRunner:
     Attributes:
         inputs: what `run` takes.
         outputs: what `run` gives.
+        metadata: the model's metadata_props.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class OnnxRuntimeRunner:
             raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
         except DecodeError as error:
             raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
+        self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         if edit is not None:
             edit(proto)
         self.inputs = inputs_of(proto.graph)

@@ -10,7 +10,7 @@ from importlib import import_module
 from pi05c.cli.app import app
 from pi05c.cli.main import main
 
-_COMMANDS = ("compile", "export", "extract", "verify", "inspect", "cost", "diff", "golden")
+_COMMANDS = ("compile", "export", "extract", "verify", "inspect", "cost", "diff", "golden", "data_loader")
 """Modules that add their commands to `app`, in the order in which `pi05c --help` lists them."""
 
 for _name in _COMMANDS:

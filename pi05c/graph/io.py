@@ -145,6 +145,15 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     return proto, pending
 
 
+def to_whole_proto(model: Model) -> onnx.ModelProto:
+    """The model as a proto that holds all its weights, in memory."""
+    proto, pending = to_proto(model)
+    for tensor in tensors(proto):
+        if weight := pending.get(location_of(tensor) or ""):
+            make_inline(tensor, weight)
+    return proto
+
+
 def infer_types(model: Model) -> None:
     """Give the tensors that have no type or no static shape what onnx's inference finds, in place, without weights."""
     _fill_types(model.graph, _with_types(to_proto(model)[0]).graph)
@@ -563,4 +572,5 @@ __all__ = [
     "scopes",
     "tensors",
     "to_proto",
+    "to_whole_proto",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import typer
 from onnx import parser
+from polygraphy.tools.registry import TOOL_REGISTRY
 
 import pi05c
 from pi05c import passdocs
@@ -38,8 +41,26 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])")
 _LINK = re.compile(r"\]\((?P<target>[^)#\s]+)[^)]*\)")
 _PROMPT = re.compile(r"^\$ ")
 
-OTHER_TOOLS = {"--update-golden"}
-"""Options of other programs that the pages name: pytest's, of `tests/conftest.py`."""
+
+def _polygraphy_options() -> set[str]:
+    """The options of Polygraphy's tools, with those that pi05c adds to `run`."""
+    parser = argparse.ArgumentParser()
+    tools = parser.add_subparsers()
+    for tool in TOOL_REGISTRY:
+        tool.setup_parser(tools)
+    return set(_options_of(parser))
+
+
+def _options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for tool in action.choices.values():
+                yield from _options_of(tool)
+
+
+OTHER_TOOLS = {"--update-golden", *_polygraphy_options()}
+"""Options of other programs that the pages name: pytest's, of `tests/conftest.py`, and Polygraphy's."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +88,7 @@ def _invocations() -> list[Invocation]:
     for page in PAGES:
         for snippet in _snippets(page.read_text()):
             if snippet.startswith("pi05c "):
-                words = shlex.split(snippet)[1:]
+                words = shlex.split(snippet, comments=True)[1:]
                 if words[0].isupper():  # `pi05c COMMAND --help`
                     continue
                 found.append(Invocation(page.name, tuple(words)))
@@ -115,7 +136,7 @@ def test_shown_values_exist(invocation: Invocation) -> None:
     for option, value in options.items():
         if option == "--passes" and "--split" in options:
             parse_part_passes(value, parse_split(options["--split"]))
-        elif option == "--passes":
+        elif option == "--passes" and "--plugin" not in options:
             parse(value, PRESETS)
         elif option == "--target":
             assert set(value.split(",")) <= names
