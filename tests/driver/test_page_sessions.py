@@ -11,7 +11,7 @@ import pytest
 from page_session import File, Python, Shell, first_missing, same, session
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("polygraphy.md",)
+PAGES = ("debugging.md", "polygraphy.md")
 
 
 @pytest.mark.parametrize("name", PAGES)
