@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import Command, Result
 
 from pi05c import cli
+from pi05c.passes import REGISTRY
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +17,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep measured ranges out of the user's cache, and each test from what another measured."""
     folder: Path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("PI05C_CACHE", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _no_passes_left() -> Iterator[None]:
+    """Take the passes of plug-ins out again."""
+    before = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
 
 
 @pytest.fixture

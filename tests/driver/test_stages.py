@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -27,15 +26,6 @@ from pi05c.stages import STAGE_KEY, stage_files
 __all__ = ["policy", "wrecking_pass"]
 
 NO_PLAN = ("--backend", "onnxruntime")
-
-
-@pytest.fixture(autouse=True)
-def _no_passes_left() -> Iterator[None]:
-    """Take the passes of plug-ins out again."""
-    before = dict(REGISTRY)
-    yield
-    REGISTRY.clear()
-    REGISTRY.update(before)
 
 
 @pytest.fixture
