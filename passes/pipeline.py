@@ -73,6 +73,22 @@ class StepResult:
         return tuple(chain.from_iterable(self.rewrites))
 
 
+class MissingRangesError(Pi05cError):
+    """A pass needs ranges and there are none."""
+
+
+class InvalidGraphError(Pi05cError):
+    """A pass left a graph that is not valid.
+
+    Attributes:
+        rewrites: what each rewrite of the pass changed, as in `StepResult`.
+    """
+
+    def __init__(self, message: str, rewrites: tuple[tuple[str, ...], ...]) -> None:
+        super().__init__(message)
+        self.rewrites = rewrites
+
+
 Calibrate = Callable[[Model, Sequence[str]], Ranges | None]
 """Measures the named tensors of a model; None where no data was given."""
 
@@ -138,7 +154,8 @@ def run(
     Ranges are measured once, on the graph as it stands before the first pass that asks, for every pass that does.
 
     Raises:
-        Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
+        MissingRangesError: a pass needs ranges and there are none.
+        InvalidGraphError: a pass left a graph that is not valid.
     """
     results: list[StepResult] = []
     ranges: Ranges | None = None
@@ -161,7 +178,7 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
     if spec.ranges is not None and not spec.ranges_optional and ranges is None:
         wanted = list(spec.ranges(model.graph, **step.options))
         if wanted:
-            raise Pi05cError(
+            raise MissingRangesError(
                 f"pass {spec.name} needs the ranges of {len(wanted)} tensors: give --calibration FILE.npz, put "
                 "recorded samples beside the model as MODEL.calibration.npz, or name made-up data with "
                 "--calibration synthetic"
@@ -180,7 +197,8 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
     if ctx.rewrites:
         found = problems(model)
         if found:
-            raise Pi05cError(f"pass {spec.name} left a graph that is not valid: {found[0]}")
+            message = f"pass {spec.name} left a graph that is not valid: {found[0]}"
+            raise InvalidGraphError(message, tuple(ctx.rewrites))
     return StepResult(
         step, tuple(ctx.rewrites), tuple(ctx.skips), tuple(ctx.notes), seconds, before, _node_count(model)
     )

@@ -16,11 +16,10 @@ from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
 from pi05c.graph.check import problems
 from pi05c.graph.dtypes import FLOAT32, to_numpy, to_onnx
-from pi05c.graph.edit import Editor, Names, detach, producer, remove_dead
+from pi05c.graph.edit import Editor, Names, detach, keep_between, producer
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
-from pi05c.graph.sort import sort_graph
 from pi05c.inspection import tensor_records
 from pi05c.manifest import TensorRecord
 from pi05c.passes.patterns.borders import Crossing, find_crossings, present_parts
@@ -166,7 +165,7 @@ def extract(path: Path, grouping: Grouping, index: int) -> PartGraph:
         results |= {tensor.name: tensor.name for tensor in own}
         _rename(graph, crossings)
         outputs = {id(tensor): tensor for tensor in (*(c.tensor for c in leaving), *own)}
-        _cut(graph, [*graph.inputs, *(c.tensor for c in entering)], list(outputs.values()))
+        keep_between(graph, [*graph.inputs, *(c.tensor for c in entering)], list(outputs.values()))
     name = "+".join(group)
     model.metadata[PART_KEY] = name
     for found in problems(model):
@@ -386,7 +385,7 @@ def _take_step(model: Model, loop: FlowLoop, entering: Sequence[Crossing]) -> No
     result = loop.flow.add.outputs[0]
     _rename(graph, entering, {id(state): STATE, id(result): NEXT_STATE})
     own = [tensor for tensor in graph.inputs if tensor is not origin(loop.state.initial)]
-    _cut(graph, [state, row, *own, *(crossing.tensor for crossing in entering)], [result])
+    keep_between(graph, [state, row, *own, *(crossing.tensor for crossing in entering)], [result])
 
 
 def _step_table(path: Path) -> Model:
@@ -413,7 +412,7 @@ def _step_table(path: Path) -> Model:
         "Concat", [*values, factor], ROW, dtype=FLOAT32, shape=[sum(_sizes(loop))], attrs={"axis": 0}
     )
     _rename(graph, [], {id(time): TIME, id(factor): FACTOR, id(row): ROW})
-    _cut(graph, [time, factor], [row])
+    keep_between(graph, [time, factor], [row])
     steps = loop.loop.steps
     record: dict[str, Any] = {
         "steps": steps,
@@ -477,14 +476,6 @@ def _rename(graph: gs.Graph, crossings: Sequence[Crossing], more: dict[int, str]
                 tensor.name = names[id(tensor)]
             elif tensor.name in taken and tensor not in graph.outputs:
                 tensor.name = used.unique(f"{tensor.name}.inner")
-
-
-def _cut(graph: gs.Graph, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> None:
-    """Keep what `outputs` need, back to those of `inputs` that are read."""
-    graph.inputs, graph.outputs = list(inputs), list(outputs)
-    sort_graph(graph)
-    remove_dead(graph)
-    graph.inputs = [tensor for tensor in inputs if tensor.outputs]
 
 
 def _part(name: str) -> Part:

@@ -68,7 +68,7 @@ class StageChecker:
         Args:
             path: where it is stored; needed where there are samples.
         """
-        self._known = set(self._problems(model))
+        self._known = set(graph_problems(model, self._targets))
         self._measure(model.graph, path)
 
     def check(self, model: Model, path: Path | None, result: StepResult) -> None:
@@ -77,7 +77,7 @@ class StageChecker:
         Raises:
             VerificationError: it is not valid, or an exact pass changed the outputs by more than rounding.
         """
-        found = self._problems(model)
+        found = graph_problems(model, self._targets)
         fresh = [problem for problem in found if problem not in self._known]
         spec = result.step.spec
         if fresh:
@@ -93,20 +93,22 @@ class StageChecker:
             worst = comparison.worst
             raise VerificationError(
                 f"pass {spec.name} is said to be exact, but moved {worst.output} of sample {worst.sample} by a relative "
-                f"L2 error of {worst.relative_l2:.4g}, more than {limit:g}: leave it out with -{spec.name}, or narrow it "
-                f"down to a rewrite with --rewrite-limit {spec.name}=N"
+                f"L2 error of {worst.relative_l2:.4g}, more than {limit:g}: leave it out with -{spec.name}, or let "
+                "pi05c bisect find the rewrite"
             )
-
-    def _problems(self, model: Model) -> list[str]:
-        formats = dtypes_of(model.graph)
-        lacking = [reason for target in self._targets if (reason := unsupported(target, formats))]
-        return [*problems(model), *unseen_problems(model), *lacking]
 
     def _measure(self, graph: gs.Graph, path: Path | None) -> None:
         if self._samples is not None:
             assert path is not None
             self._outputs = outputs_of(path, self._samples)
             self._limit = LIMITS[narrowest(precision_of(graph))]
+
+
+def graph_problems(model: Model, targets: Sequence[Target] = ()) -> list[str]:
+    """What is wrong with a graph, whatever it computes; each a sentence. Number formats that a target lacks count."""
+    formats = dtypes_of(model.graph)
+    lacking = [reason for target in targets if (reason := unsupported(target, formats))]
+    return [*problems(model), *unseen_problems(model), *lacking]
 
 
 def outputs_of(path: Path, samples: Sequence[Mapping[str, Array]]) -> Outputs:
@@ -116,4 +118,4 @@ def outputs_of(path: Path, samples: Sequence[Mapping[str, Array]]) -> Outputs:
     return [runner.run({name: sample[name] for name in names if name in sample}) for sample in samples]
 
 
-__all__ = ["Outputs", "StageChecker", "StageError", "VerifyEach", "outputs_of"]
+__all__ = ["Outputs", "StageChecker", "StageError", "VerifyEach", "graph_problems", "outputs_of"]

@@ -10,7 +10,18 @@ from importlib import import_module
 from pi05c.cli.app import app
 from pi05c.cli.main import main
 
-_COMMANDS = ("compile", "export", "extract", "verify", "inspect", "cost", "diff", "golden", "data_loader")
+_COMMANDS = (
+    "compile",
+    "export",
+    "extract",
+    "verify",
+    "inspect",
+    "cost",
+    "diff",
+    "bisect",
+    "golden",
+    "data_loader",
+)
 """Modules that add their commands to `app`, in the order in which `pi05c --help` lists them."""
 
 for _name in _COMMANDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,9 @@ from typer.core import TyperGroup
 
 _SAMPLES = "--calibration"
 """The option that takes several words: `--calibration a.npz b.npz`."""
+
+_CHECK = "--check"
+"""The option that takes all words behind it: `--check polygraphy run {} --onnxrt`."""
 
 _VERIFY_EACH = "--verify-each"
 """The option whose value may be left out: `--verify-each`, `--verify-each=numbers`."""
@@ -38,7 +42,11 @@ SHARED_OPTIONS = ("--json", "--quiet", "-q", "--verbose", "-v", "--debug")
 
 
 def spread(args: list[str]) -> list[str]:
-    """Repeat `--calibration` before each further sample that follows it; let `--verify-each` stand without a value."""
+    """Repeat `--calibration` before each further sample that follows it; let `--verify-each` stand without a value.
+
+    What follows `--check` becomes one word; a single one may be a command line by itself.
+    """
+    args, command = _without_check(args)
     spread: list[str] = []
     listing = False
     for index, word in enumerate(args):
@@ -49,7 +57,16 @@ def spread(args: list[str]) -> list[str]:
         else:
             listing = index > 0 and args[index - 1] == _SAMPLES
         spread.append(word)
-    return spread
+    return [*spread, *command]
+
+
+def _without_check(args: list[str]) -> tuple[list[str], list[str]]:
+    """The words before `--check`, and that option with its command."""
+    if _CHECK not in args:
+        return args, []
+    place = args.index(_CHECK)
+    words = args[place + 1 :]
+    return args[:place], [_CHECK, *(words if len(words) < 2 else [shlex.join(words)])]
 
 
 def _is_samples(word: str, command: str) -> bool:

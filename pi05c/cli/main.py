@@ -18,7 +18,7 @@ _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 """Signals that end a run as Ctrl-C does: scratch files go, the old engine stays. SIGHUP: the terminal was closed."""
 
 
-_COMPARING = ("diff", "golden")
+_COMPARING = ("diff", "golden", "bisect")
 """Commands whose exit status is that of `diff`: 0 the same, 1 different, 2 anything that kept them from telling."""
 
 _TROUBLE = 2

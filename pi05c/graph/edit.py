@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.dtypes import to_numpy, to_onnx
 from pi05c.graph.io import scopes
 from pi05c.graph.runner import Array
-from pi05c.graph.sort import captured_by
+from pi05c.graph.sort import captured_by, sort_graph
 from pi05c.graph.weights import InMemory, Weight
 
 
@@ -160,6 +160,14 @@ def remove_dead(graph: gs.Graph) -> int:
                 removed += 1
         scope.nodes = alive[::-1]
     return removed
+
+
+def keep_between(graph: gs.Graph, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> None:
+    """Keep what `outputs` need, back to those of `inputs` that are read."""
+    graph.inputs, graph.outputs = list(inputs), list(outputs)
+    sort_graph(graph)
+    remove_dead(graph)
+    graph.inputs = [tensor for tensor in inputs if tensor.outputs]
 
 
 def _copy(shape: Sequence[int | str] | None) -> list[int | str] | None:
