@@ -10,7 +10,7 @@ Measured with onnxruntime 1.32 at opsets 17, 19, 21 and 23:
 
 Each such operator therefore runs in float32 on the values of the narrow type, and its result is rounded to that
 type by a Cast of its own, which onnxruntime keeps: one operator, one rounding. For operators that only move data
-this changes no bit. FLOAT4E2M1 and `trt::TRT_FP4DynamicQuantize` are refused.
+this changes no bit. FP4, which it lacks altogether, is spelled out first (see `fp4`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto
 
+from pi05c.backend.fp4 import Fp4Lowering, shape_of, uses_fp4
 from pi05c.graph.domains import STANDARD_DOMAINS
-from pi05c.graph.dtypes import name_of
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.sort import sort_proto
 
@@ -62,7 +62,6 @@ _NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
 """Types that onnxruntime's Python API neither takes from nor gives to numpy."""
 
 _TYPE_ATTRIBUTES = ("output_dtype", "dtype")
-_FP4_OPERATORS = ("TRT_FP4DynamicQuantize",)
 
 
 @dataclass
@@ -85,14 +84,16 @@ def lower(model: onnx.ModelProto) -> Lowered:
     """Lower a model, whose weights may be external; the proto is consumed.
 
     Raises:
-        Pi05cError: a node computes in FP4, or the types of a graph contradict each other.
+        Pi05cError: an operator computes in FP4 that cannot be spelled out, or the types of a graph contradict each other.
     """
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     for graph in graphs_in(model.graph):
         sort_proto(graph)
-    _refuse_fp4(model)
-    lowering = _Lowering(_with_types(model))
+    model = _with_types(model)
+    fp4 = uses_fp4(list(graphs_in(model.graph)))
+    lowering = _Lowering(_without_fp4(model) if fp4 else model)
+    lowering.result.changed = fp4
     lowering.run()
     return lowering.result if lowering.result.changed else Lowered(model)
 
@@ -132,14 +133,7 @@ class _Lowering:
             TensorProto.BFLOAT16: _BFLOAT16,
             **dict.fromkeys(_FLOAT8_TYPES, float8),
         }
-        self.names = {
-            name
-            for graph in graphs_in(model.graph)
-            for name in (
-                *(value.name for value in (*graph.input, *graph.initializer)),
-                *(output for node in graph.node for output in node.output),
-            )
-        }
+        self.names = _names(model)
 
     def run(self) -> None:
         graph = self.result.model.graph
@@ -234,15 +228,30 @@ def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
         ) from error
 
 
-def _refuse_fp4(model: onnx.ModelProto) -> None:
-    for graph in graphs_in(model.graph):
-        codes = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT4E2M1}
-        for node in graph.node:
-            if node.op_type in _FP4_OPERATORS or codes & set(node.input):
-                raise Pi05cError(
-                    f"node {node.name or node.output[0]!r} ({node.op_type}) computes in {name_of(TensorProto.FLOAT4E2M1)}, "
-                    "which the onnxruntime backend does not simulate: run the engine, or choose passes without FP4"
-                )
+def _without_fp4(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The typed model with FP4 spelled out in float32, and typed again."""
+    graphs = list(graphs_in(model.graph))
+    shapes = {
+        value.name: shape
+        for graph in graphs
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if (shape := shape_of(value)) is not None
+    }
+    shapes |= {tensor.name: tuple(tensor.dims) for graph in graphs for tensor in graph.initializer}
+    Fp4Lowering(_names(model), shapes).run(model.graph)
+    return _with_types(model)
+
+
+def _names(model: onnx.ModelProto) -> set[str]:
+    """The names of all tensors of a model."""
+    return {
+        name
+        for graph in graphs_in(model.graph)
+        for name in (
+            *(value.name for value in (*graph.input, *graph.initializer)),
+            *(output for node in graph.node for output in node.output),
+        )
+    }
 
 
 def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

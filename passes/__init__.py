@@ -64,6 +64,13 @@ _WITHOUT_SCALES = {
 }
 """Options of passes in pipelines that quantize nothing."""
 
+_WITH_FP4 = {
+    quantize_linears: "llm=nvfp4",  # the language model, which most of the bytes and FLOPs belong to
+}
+"""Options of passes where the target has FP4."""
+
+_DEFAULT = (*(each for each in _EXACT if each not in _WITHOUT_FP8), *_FLOAT16, *_FP8, *_FINISH)
+
 
 def _items(*functions: Callable[..., None], options: Mapping[Callable[..., None], str]) -> tuple[str, ...]:
     return tuple(
@@ -72,14 +79,13 @@ def _items(*functions: Callable[..., None], options: Mapping[Callable[..., None]
 
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "default": _items(
-        *(each for each in _EXACT if each not in _WITHOUT_FP8), *_FLOAT16, *_FP8, *_FINISH, options={}
-    ),
+    "default": _items(*_DEFAULT, options={}),
+    "nvfp4": _items(*_DEFAULT, options=_WITH_FP4),
     "fp16": _items(*_EXACT, *_FLOAT16, *_FINISH, options=_WITHOUT_SCALES),
     "exact": _items(*_EXACT, options=_WITHOUT_SCALES),
     "none": (),
 }
-"""What each word in `--passes` stands for: FP8, float16, nothing that changes numbers, nothing at all."""
+"""What each word in `--passes` stands for: FP8, NVFP4 and FP8, float16, nothing that changes numbers, nothing at all."""
 
 BY_REQUEST: tuple[str, ...] = (
     specialize.__name__,  # it makes an engine for fewer observations: whoever asks for it places it first

@@ -118,20 +118,29 @@ class Pass:
         name: the function's name, which is its file's and what the command line calls it.
         exact: it computes the same function up to float32 rounding.
         after: passes that must come earlier where they are in the pipeline.
-        min_opset: the graph is converted up to this opset before the pass runs.
+        min_opset: the graph is converted up to this opset before the pass runs; by its options where that is a function.
         ranges: which tensors must be calibrated first, None for a pass that needs no ranges.
         ranges_optional: it runs unguarded, and says so, where there are no ranges.
-        formats: narrow number formats that it brings in, by ONNX's names, which a target must have.
+        formats: narrow number formats that it brings in, by ONNX's names, which a target must have; by its options
+            where that is a function.
     """
 
     name: str
     function: PassFunction
     exact: bool
     after: tuple[str, ...] = ()
-    min_opset: int = 0
+    min_opset: int | Callable[..., int] = 0
     ranges: RangedTensors | None = None
     ranges_optional: bool = False
-    formats: tuple[str, ...] = ()
+    formats: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+
+    def opset_for(self, **options: Any) -> int:
+        """The opset that the pass needs with these options; 0 for any."""
+        return self.min_opset(**options) if callable(self.min_opset) else self.min_opset
+
+    def formats_for(self, **options: Any) -> tuple[str, ...]:
+        """The number formats that a target must have for what the pass does with these options."""
+        return self.formats(**options) if callable(self.formats) else self.formats
 
     @property
     def summary(self) -> str:
@@ -176,10 +185,10 @@ def graph_pass(
     *,
     exact: bool,
     after: tuple[str, ...] = (),
-    min_opset: int = 0,
+    min_opset: int | Callable[..., int] = 0,
     ranges: RangedTensors | None = None,
     ranges_optional: bool = False,
-    formats: tuple[str, ...] = (),
+    formats: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a pass; see `Pass` for the arguments."""
 

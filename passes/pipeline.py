@@ -39,6 +39,11 @@ class Step:
     limit: int | None = None
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats that a target must have for it, by ONNX's names."""
+        return self.spec.formats_for(**self.options)
+
+    @property
     def text(self) -> str:
         """The step as pipeline text."""
         options = self.options if self.limit is None else {**self.options, LIMIT: self.limit}
@@ -183,8 +188,7 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
                 "recorded samples beside the model as MODEL.calibration.npz, or name made-up data with "
                 "--calibration synthetic"
             )
-    if spec.min_opset:
-        raise_opset(model, spec.min_opset)
+    raise_opset(model, spec.opset_for(**step.options))
     before = _node_count(model)
     ctx = PassContext(Names(model.graph), ranges, model.metadata, step.limit)
     start = time.perf_counter()

@@ -117,8 +117,10 @@ class Quantizer:
 
 
 def is_quantized(tensor: gs.Tensor) -> bool:
-    """Whether a tensor comes straight from a DequantizeLinear."""
+    """Whether a tensor comes from a DequantizeLinear, straight or through casts."""
     node = producer(tensor)
+    while node is not None and node.op == "Cast":
+        node = producer(node.inputs[0])
     return node is not None and node.op == "DequantizeLinear"
 
 

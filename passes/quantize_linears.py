@@ -1,23 +1,33 @@
-"""quantize_linears: FP8 on both sides of each linear."""
+"""quantize_linears: FP8 on both sides of each linear, or NVFP4."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import TENSORRT_DOMAIN
+from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, name_of
+from pi05c.graph.edit import declare_domain
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import weight_of
+from pi05c.passes.blocks import DYNAMIC_RANKS, BlockQuantizer
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.flow import flow_linears
 from pi05c.passes.patterns.linear import Linear, find_linears
+from pi05c.passes.patterns.parts import Part, parts_of
 from pi05c.passes.patterns.walk import static_shape
 from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
 
 MIN_SIZE = ALIGNMENT = 16
 """FP8 GEMM kernels take inner and outer sizes that are multiples of 16 bytes (TensorRT, ModelOpt's own rule)."""
+
+
+Format = Literal["fp8", "nvfp4", "nvfp4_w4a16"]
+"""E4M3 on both sides; NVFP4 on both, activations as they come (W4A4); NVFP4 weights and float16 activations (W4A16)."""
 
 
 def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: object) -> Iterator[gs.Tensor]:
@@ -27,14 +37,31 @@ def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: obje
             yield linear.activation
 
 
+def _opset(*, llm: Format = "fp8", nvfp4: tuple[str, ...] = (), **options: object) -> int:
+    return 23 if llm != "fp8" or nvfp4 else 19  # FLOAT8E4M3FN since 19, FLOAT4E2M1 since 23 (ONNX)
+
+
+def _formats(*, llm: Format = "fp8", nvfp4: tuple[str, ...] = (), **options: object) -> tuple[str, ...]:
+    fp4 = (FLOAT4E2M1,) if llm != "fp8" or nvfp4 else ()
+    return tuple(name_of(dtype) for dtype in (FLOAT8E4M3FN, *fp4))
+
+
 @graph_pass(
     exact=False,
     after=("lower_precision", "pin_fp32"),
-    min_opset=19,
+    min_opset=_opset,
     ranges=_activations,
-    formats=("float8e4m3fn",),
+    formats=_formats,
 )
-def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...] = ()) -> None:
+def quantize_linears(
+    graph: gs.Graph,
+    ctx: PassContext,
+    *,
+    llm: Format = "fp8",
+    nvfp4: tuple[str, ...] = (),
+    fp8: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+) -> None:
     """Put FP8 (E4M3) Q/DQ on both factors of each linear, weights stored in FP8.
 
     One scale a tensor, in the working precision: for the activation the power of two from which on its calibrated
@@ -43,9 +70,16 @@ def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...]
     that several linears read is quantized once, and so is a weight that several steps share. The linears at the
     two ends of the flow (action_in_proj, action_out_proj) and those that a pattern of `keep` names stay as they
     are.
+
+    With `llm=nvfp4` the linears of the language model compute in NVFP4: FP4 (E2M1) weights with an FP8 scale for each 16
+    that are summed, activations quantized in such blocks when the engine runs. `llm=nvfp4_w4a16` leaves activations in
+    the working precision. Patterns of `nvfp4` bring in other linears, patterns of `fp8` take some out; a pattern is
+    held against the names of the MatMul and of the weight.
     """
     kept = _kept(graph)
+    parts = parts_of(graph)
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
+    blocks = {id(scope): BlockQuantizer(ctx.editor(scope)) for scope in scopes(graph)}
     stored_scales: dict[int, np.ndarray | None] = {}
     for linear in find_linears(graph):
         reason = _obstacle(linear, kept, keep)
@@ -57,6 +91,15 @@ def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...]
         amax = ctx.ranges.amax(linear.activation)
         if amax is None or dtype is None:
             ctx.skip(linear.node, f"the range of {linear.activation.name!r} was not measured")
+            continue
+        if (chosen := _format(linear, parts[id(linear.node)], llm, nvfp4, fp8)) != "fp8":
+            reason = _fp4_obstacle(linear, amax, chosen)
+            if reason:
+                ctx.skip(linear.node, reason)
+                continue
+            declare_domain(graph, TENSORRT_DOMAIN, 1)
+            _quantize_blocks(linear, amax, dtype, chosen, blocks[id(linear.scope)])
+            ctx.changed(linear.node)
             continue
         scale = activation_scale(amax, dtype)
         if id(linear.weight) not in stored_scales:
@@ -74,22 +117,50 @@ def quantize_linears(graph: gs.Graph, ctx: PassContext, *, keep: tuple[str, ...]
         ctx.changed(linear.node)
 
 
+def _format(linear: Linear, part: Part, llm: Format, nvfp4: Collection[str], fp8: Collection[str]) -> Format:
+    if _named(linear, fp8):
+        return "fp8"
+    if _named(linear, nvfp4):
+        return "nvfp4" if llm == "fp8" else llm
+    return llm if part == "prefix" else "fp8"
+
+
+def _named(linear: Linear, patterns: Collection[str]) -> bool:
+    names = (linear.node.name, linear.weight.name)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
+
+
+def _fp4_obstacle(linear: Linear, amax: float, chosen: Format) -> str:
+    if not (np.isfinite(amax) and amax > 0 and 0 < weight_of(linear.weight).amax() < np.inf):
+        return "its activation or its weight is zero or not finite"
+    shape = static_shape(linear.activation)
+    if chosen == "nvfp4" and (shape is None or len(shape) not in DYNAMIC_RANKS):
+        return f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
+    return ""
+
+
+def _quantize_blocks(
+    linear: Linear, amax: float, dtype: np.dtype[np.generic], chosen: Format, quantizer: BlockQuantizer
+) -> None:
+    if chosen == "nvfp4":
+        linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
+    linear.node.inputs[1] = quantizer.weight(linear, dtype)
+    if linear.node.op == "Gemm":
+        linear.node.attrs.pop("transB", None)
+
+
 def _kept(graph: gs.Graph) -> set[int]:
     into, out = flow_linears(graph)
     return {id(linear.node) for linear in (*into, *out)}
 
 
-def _obstacle(linear: Linear, kept: set[int], patterns: tuple[str, ...]) -> str:
+def _obstacle(linear: Linear, kept: set[int], patterns: Collection[str]) -> str:
     """Why a linear is not quantized, empty where nothing speaks against it."""
     if is_quantized(linear.node.inputs[0]) or any(node.op == "DequantizeLinear" for node in linear.path):
         return "it is quantized already"
     if id(linear.node) in kept:
         return "it is an end of the flow, which the recipe keeps in higher precision"
-    if any(
-        fnmatch.fnmatch(name, pattern)
-        for pattern in patterns
-        for name in (linear.node.name, linear.weight.name)
-    ):
+    if _named(linear, patterns):
         return "an option keeps it"
     for size, what in ((linear.rows, "inner"), (linear.columns, "outer")):
         if size < MIN_SIZE or size % ALIGNMENT:

@@ -142,7 +142,7 @@ def compile(
             f"--dump {options.dump} lies in the engine folder {output}: name a folder of its own"
         )
     builder = choose(backend, target, build_options)
-    refuse_unsupported(builder.targets, {name for step in steps for name in step.spec.formats})
+    refuse_unsupported(builder.targets, {name for step in steps for name in step.formats})
     if grouping is not None and builder.options is not None and builder.options.profiles:
         raise UsageError("--shapes cannot be given with --split: parts hand over tensors of fixed sizes")
     if builder.chosen:

@@ -94,8 +94,8 @@ def _facts(spec: Pass) -> list[str]:
         ("options", ", ".join(f"`{key}={option.default}`" for key, option in spec.options.items()) or "none"),
         ("in", ", ".join(presets) or "no preset: name it in `--passes`"),
         ("comes after", ", ".join(f"[{name}]({name}.md)" for name in spec.after)),
-        ("needs opset", str(spec.min_opset) if spec.min_opset else ""),
-        ("needs of the target", ", ".join(spec.formats)),
+        ("needs opset", str(spec.opset_for() or "")),
+        ("needs of the target", ", ".join(spec.formats_for())),
         ("ranges", _ranges(spec)),
     ]
     return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts if text)]

@@ -131,6 +131,8 @@ def product_dtype(node: gs.Node) -> str:
 
 def _quantized_type(tensor: gs.Tensor) -> str | None:
     node = producer(tensor)
+    while node is not None and node.op in ("Cast", "Transpose"):  # behind the blocks of NVFP4
+        node = producer(node.inputs[0])
     if node is None or node.op != "DequantizeLinear":
         return None
     return name_of(node.inputs[0].dtype)

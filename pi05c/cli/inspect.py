@@ -92,9 +92,9 @@ def _described(name: str) -> dict[str, Any]:
         "summary": spec.summary,
         "exact": spec.exact,
         "after": list(spec.after),
-        "min_opset": spec.min_opset,
+        "min_opset": spec.opset_for(),
         "needs_ranges": spec.ranges is not None and not spec.ranges_optional,
-        "formats": list(spec.formats),
+        "formats": list(spec.formats_for()),
         "options": [
             {"name": key, "type": str(parameter.annotation), "default": parameter.default}
             for key, parameter in spec.options.items()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy, to_onnx
@@ -16,6 +17,14 @@ from pi05c.graph.io import scopes
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import captured_by, sort_graph
 from pi05c.graph.weights import InMemory, Weight
+
+
+def declare_domain(graph: gs.Graph, domain: str, version: int) -> None:
+    """State that a graph uses operators of `domain`, unless it does so already."""
+    for scope in scopes(graph):
+        known = list(scope.import_domains or [onnx.helper.make_opsetid("", scope.opset)])
+        if all(entry.domain != domain for entry in known):
+            scope.import_domains = [*known, onnx.helper.make_opsetid(domain, version)]
 
 
 class Names:

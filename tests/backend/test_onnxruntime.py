@@ -227,27 +227,6 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
     np.testing.assert_array_equal(wide(result), [3, 4])
 
 
-@pytest.mark.parametrize("kind", ["codes", "operator"])
-def test_fp4_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "fp4.onnx"
-    if kind == "codes":
-        first = node("DequantizeLinear", ["codes", "scale"], ["w"], block_size=16, axis=1)
-        weights: dict[str, Array] = {
-            "codes": np.zeros((4, 16), ml_dtypes.float4_e2m1fn),
-            "scale": np.ones((4, 1), np.float32),
-        }
-    else:
-        first = helper.make_node(
-            "TRT_FP4DynamicQuantize", ["x", "scale"], ["w", "block_scales"], name="make_w", domain="trt"
-        )
-        weights = {"scale": np.ones((), np.float32)}
-    nodes = [first, node("Identity", ["w"], ["y"])]
-    value = ("y", TensorProto.FLOAT, [4, 16])
-    write_model(path, nodes, [("x", TensorProto.FLOAT, [4, 16])], [value], weights, opset=23)
-    with pytest.raises(Pi05cError, match=r"node 'make_w' .* float4e2m1.*does not simulate"):
-        load_runner(path)
-
-
 def test_only_what_an_output_needs_is_run(tmp_path: Path) -> None:
     """The other output comes from an operator that no one has, so that running it would fail."""
     path = write_model(

@@ -31,6 +31,7 @@ from pi05c.folder import FAILED_BUILD, GRAPH, MANIFEST, PLAN, REPORT, SCRIPT
 from pi05c.folder import SAMPLES as SAMPLES_FILE
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError, VerificationError
 from pi05c.manifest import read_manifest
+from pi05c.passes.pipeline import named
 from pi05c.progress import Progress
 
 __all__ = ["policy", "wrecking_pass"]
@@ -68,7 +69,7 @@ def test_the_folder_holds_what_the_manifest_says(
     assert names(output.parent) == {"engine"}
 
     assert manifest.pipeline.requested == "exact"
-    assert [record.name for record in manifest.pipeline.passes] == manifest.pipeline.resolved.split(",")
+    assert [record.name for record in manifest.pipeline.passes] == named(manifest.pipeline.resolved)
     assert manifest.engine.targets == ["sm89", "sm120"]
     assert manifest.engine.flavour == "tensorrt-rtx"
     assert manifest.engine.version == "9.9"
@@ -273,6 +274,25 @@ def test_where_no_builder_is_installed_a_named_target_still_gets_its_folder(
     assert SCRIPT in names(output)
     with pytest.raises(UsageError, match="is installed"):
         pi05c.compile(policy, output, passes="none")
+
+
+@pytest.mark.parametrize("passes", ["nvfp4", "default,quantize_linears{nvfp4=*gate*}"])
+def test_fp4_is_refused_where_the_target_has_none(policy: Path, output: Path, passes: str) -> None:
+    with pytest.raises(Pi05cError, match="has no FP4 tensor cores"):
+        pi05c.compile(policy, output, passes=passes, target="sm89")
+    assert not output.parent.exists()
+
+
+def test_nvfp4_builds_and_is_measured(tiny_model: Path, output: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building needs the extra [rtx]")
+    cache = tmp_path / "cache"
+    manifest = pi05c.compile(tiny_model, output, passes="nvfp4", target="sm120", cache=cache).manifest
+    kinds = {(record.part, record.kind, record.dtype) for record in manifest.precision}
+    assert ("prefix", "linear", "float4e2m1") in kinds
+    assert ("denoise", "linear", "float8e4m3fn") in kinds
+    assert manifest.engine is not None
+    assert manifest.verification is not None
+    assert 0.01 < manifest.verification.worst().relative_l2 < manifest.verification.limit
 
 
 @pytest.mark.parametrize("target", ["sm86", "orin", "sm89,sm80"])

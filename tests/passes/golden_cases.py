@@ -617,6 +617,25 @@ def quantize_linears__shared_weight() -> onnx.ModelProto:
 
 @case(
     "quantize_linears",
+    "The language model in NVFP4: blocks along what is summed, activations quantized as they come; the rest in FP8.",
+    options={"nvfp4": "*gate"},
+    ranges={"x": (-3.5, 3.5), "gate": (-20, 20)},
+    limit=0.2,
+    why="FP4 rounds each factor to 2 significant bits",
+)
+def quantize_linears__nvfp4() -> onnx.ModelProto:
+    return graph_text(
+        """
+        mlp (float16[1,4,32] x) => (float16[1,4,16] y) {
+          gate = MatMul(x, mlp_gate)
+          y = MatMul(gate, mlp_down)
+        }""",
+        {"mlp_gate": normal(1, 32, 32, dtype=np.float16), "mlp_down": normal(2, 32, 16, dtype=np.float16)},
+    )
+
+
+@case(
+    "quantize_linears",
     "The two ends of the flow stay in the working precision, and so does what keep names.",
     options={"keep": "*gate,lm_head*"},
     ranges={"hidden": (-4, 4), "gate": (-4, 4)},

@@ -15,7 +15,7 @@ from pi05c.graph.io import load, save
 from pi05c.passes import PRESETS, pipeline
 from pi05c.samples import Samples
 
-LIMITS = {"default": 0.038, "fp16": 0.002, "exact": 1e-5}
+LIMITS = {"default": 0.038, "nvfp4": 0.08, "fp16": 0.002, "exact": 1e-5}
 """Relative L2 error of the actions. A naive FP8 recipe measures 0.030 to 0.034 on this model."""
 
 CASES = {"three_views": 1, "one_view_masked": 1, "batch_ragged": 2}

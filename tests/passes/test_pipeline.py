@@ -198,13 +198,21 @@ def test_without_anything_to_quantize_no_ranges_are_needed() -> None:
     assert result.changes == ()
 
 
+def test_opset_and_formats_follow_from_options() -> None:
+    texts = ("quantize_linears", "quantize_linears{llm=nvfp4}", "quantize_linears{nvfp4=*mlp*}")
+    plain, llm, some = (parse(text, PRESETS)[0] for text in texts)
+    assert plain.formats == ("float8e4m3fn",)
+    assert llm.formats == some.formats == ("float8e4m3fn", "float4e2m1")
+    assert [step.spec.opset_for(**step.options) for step in (plain, llm, some)] == [19, 23, 23]
+
+
 @pytest.mark.parametrize("opset", [13, 17, 18])
 def test_opset_is_raised_where_a_pass_needs_it(opset: int) -> None:
     model = _linears(opset)
     run(model, parse("canonicalize", PRESETS))
     assert model.graph.opset == opset
     run(model, parse("quantize_linears", PRESETS), calibrate=lambda _, names: KNOWN)
-    assert model.graph.opset == REGISTRY["quantize_linears"].min_opset == 19
+    assert model.graph.opset == REGISTRY["quantize_linears"].opset_for() == 19
 
 
 def test_record_of_a_step() -> None:
