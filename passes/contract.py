@@ -40,6 +40,7 @@ class PassContext:
         names: the names in use, for `editor`.
         metadata: the model's metadata, shared with it.
         limit: after how many rewrites the pass is stopped, None for never.
+        dry: the graph is thrown away afterwards, so values on which no rewrite depends need not be computed.
         rewrites: the names of the nodes or tensors that each rewrite changed, in order.
     """
 
@@ -47,6 +48,7 @@ class PassContext:
     ranges: Ranges | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    dry: bool = False
     rewrites: list[tuple[str, ...]] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -153,10 +153,14 @@ def run(
     calibrate: Calibrate | None = None,
     after_step: AfterStep | None = None,
     before_step: Callable[[Step], None] | None = None,
+    dry: bool = False,
 ) -> list[StepResult]:
     """Run the steps on `model` in place.
 
     Ranges are measured once, on the graph as it stands before the first pass that asks, for every pass that does.
+
+    Args:
+        dry: the graph will be thrown away; see `PassContext.dry`.
 
     Raises:
         MissingRangesError: a pass needs ranges and there are none.
@@ -172,13 +176,13 @@ def run(
             asked = True
             wanted = _wanted(model, steps[index:])
             ranges = calibrate(model, wanted) if calibrate is not None and wanted else None
-        results.append(_run_step(model, step, ranges))
+        results.append(_run_step(model, step, ranges, dry))
         if after_step is not None:
             after_step(model, results[-1])
     return results
 
 
-def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
+def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> StepResult:
     spec = step.spec
     if spec.ranges is not None and not spec.ranges_optional and ranges is None:
         wanted = list(spec.ranges(model.graph, **step.options))
@@ -190,7 +194,7 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None) -> StepResult:
             )
     raise_opset(model, spec.opset_for(**step.options))
     before = _node_count(model)
-    ctx = PassContext(Names(model.graph), ranges, model.metadata, step.limit)
+    ctx = PassContext(Names(model.graph), ranges, model.metadata, step.limit, dry)
     start = time.perf_counter()
     if step.limit != 0:
         with contextlib.suppress(LimitReached):

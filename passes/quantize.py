@@ -32,16 +32,19 @@ def activation_scale(amax: float, dtype: np.dtype[np.generic]) -> np.ndarray | N
     return _stored(2.0 ** math.ceil(math.log2(amax / E4M3_MAX)), dtype)
 
 
-def weight_scale(weight: Weight, dtype: np.dtype[np.generic]) -> np.ndarray | None:
+def weight_scale(weight: Weight, dtype: np.dtype[np.generic], *, fitted: bool = True) -> np.ndarray | None:
     """Of `WEIGHT_SCALES` scales that lose nothing to saturation, the one with the least squared rounding error.
 
-    None where the weight is zero, not finite, or too small for a scale in `dtype`.
+    None where the weight is zero, not finite, or too small for a scale in `dtype`. Without `fitted` the first of them,
+    which takes less reading.
     """
     amax = weight.amax()
     if not math.isfinite(amax) or amax <= 0:
         return None
     wanted = [amax / E4M3_MAX * 2 ** (step / WEIGHT_SCALES) for step in range(WEIGHT_SCALES)]
     scales = [scale for value in wanted if (scale := _stored(value, dtype)) is not None]
+    if not fitted:
+        return scales[0] if scales else None
     values, counts = weight.histogram()
     return min(scales, key=lambda scale: _rounding_error(values, counts, float(scale)), default=None)
 

@@ -103,7 +103,9 @@ def quantize_linears(
             continue
         scale = activation_scale(amax, dtype)
         if id(linear.weight) not in stored_scales:
-            stored_scales[id(linear.weight)] = weight_scale(weight_of(linear.weight), dtype)
+            stored_scales[id(linear.weight)] = weight_scale(
+                weight_of(linear.weight), dtype, fitted=not ctx.dry
+            )
         stored_scale = stored_scales[id(linear.weight)]
         if scale is None or stored_scale is None:
             which = linear.activation if scale is None else linear.weight

@@ -16,6 +16,7 @@ _COMMANDS = (
     "extract",
     "verify",
     "inspect",
+    "explain",
     "cost",
     "diff",
     "bisect",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -165,6 +166,17 @@ class Stored(Weight):
             return unpacked[region]
         values: Array = raw.view(self.dtype).reshape(self.shape)[region]
         return values
+
+    def chunks(self) -> Iterator[Array]:
+        for chunk in super().chunks():
+            yield chunk
+            self._release()
+
+    def _release(self) -> None:
+        """Take the pages that were read out of this process; the file's cache keeps them."""
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        if self.nbytes >= mmap.PAGESIZE and hasattr(mmap, "MADV_DONTNEED"):
+            self._file._mmap.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
 
     def fingerprint(self) -> object:
         if self._checksum is None and self.nbytes > CHUNK_BYTES:
