@@ -111,6 +111,9 @@ class PassFunction(Protocol):
 RangedTensors = Callable[..., Iterable[gs.Tensor]]
 """Given the graph and the pass's options, the tensors whose range the pass needs."""
 
+SampledTensors = Callable[..., Iterable[tuple[gs.Tensor, int]]]
+"""Given the graph and the pass's options, the tensors of which the pass uses some rows, and how many at most."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -123,6 +126,7 @@ class Pass:
         min_opset: the graph is converted up to this opset before the pass runs; by its options where that is a function.
         ranges: which tensors must be calibrated first, None for a pass that needs no ranges.
         ranges_optional: it runs unguarded, and says so, where there are no ranges.
+        rows: of which tensors rows are sampled with the ranges, None for a pass that uses none.
         formats: narrow number formats that it brings in, by ONNX's names, which a target must have; by its options
             where that is a function.
     """
@@ -135,6 +139,7 @@ class Pass:
     ranges: RangedTensors | None = None
     ranges_optional: bool = False
     formats: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+    rows: SampledTensors | None = None
 
     def opset_for(self, **options: Any) -> int:
         """The opset that the pass needs with these options; 0 for any."""
@@ -191,6 +196,7 @@ def graph_pass(
     ranges: RangedTensors | None = None,
     ranges_optional: bool = False,
     formats: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
+    rows: SampledTensors | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a pass; see `Pass` for the arguments."""
 
@@ -198,7 +204,7 @@ def graph_pass(
         name = function.__name__
         if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
             raise Pi05cError(f"two passes are called {name!r}: rename the one in {function.__module__}")
-        REGISTRY[name] = Pass(name, function, exact, after, min_opset, ranges, ranges_optional, formats)
+        REGISTRY[name] = Pass(name, function, exact, after, min_opset, ranges, ranges_optional, formats, rows)
         return function
 
     return register

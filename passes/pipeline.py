@@ -15,7 +15,7 @@ from pi05c.graph.edit import Names, remove_dead
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
 from pi05c.graph.opset import raise_opset
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.sort import sort_graph
 from pi05c.passes.contract import REGISTRY, LimitReached, Pass, PassContext, Skip
 
@@ -94,8 +94,8 @@ class InvalidGraphError(Pi05cError):
         self.rewrites = rewrites
 
 
-Calibrate = Callable[[Model, Sequence[str]], Ranges | None]
-"""Measures the named tensors of a model; None where no data was given."""
+Calibrate = Callable[[Model, Wanted], Ranges | None]
+"""Measures tensors of a model; None where no data was given."""
 
 AfterStep = Callable[[Model, StepResult], None]
 """Called after each pass with the model as it then stands."""
@@ -175,7 +175,7 @@ def run(
         if step.spec.ranges is not None and not asked:
             asked = True
             wanted = _wanted(model, steps[index:])
-            ranges = calibrate(model, wanted) if calibrate is not None and wanted else None
+            ranges = calibrate(model, wanted) if calibrate is not None and wanted.tensors else None
         results.append(_run_step(model, step, ranges, dry))
         if after_step is not None:
             after_step(model, results[-1])
@@ -212,14 +212,16 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> Ste
     )
 
 
-def _wanted(model: Model, steps: Sequence[Step]) -> list[str]:
-    names = {
-        tensor.name: None
-        for step in steps
-        if step.spec.ranges is not None
-        for tensor in step.spec.ranges(model.graph, **step.options)
-    }
-    return list(names)
+def _wanted(model: Model, steps: Sequence[Step]) -> Wanted:
+    names: dict[str, None] = {}
+    rows: dict[str, int] = {}
+    for step in steps:
+        if step.spec.ranges is not None:
+            names.update((tensor.name, None) for tensor in step.spec.ranges(model.graph, **step.options))
+        if step.spec.rows is not None:
+            for tensor, count in step.spec.rows(model.graph, **step.options):
+                rows[tensor.name] = max(count, rows.get(tensor.name, 0))
+    return Wanted(tuple(names), rows)
 
 
 def items(text: str) -> Iterator[str]:

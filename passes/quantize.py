@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.compensation import Compensated
 from pi05c.graph.dtypes import FLOAT8E4M3FN, LARGEST, to_numpy
 from pi05c.graph.edit import Editor, producer
 from pi05c.graph.weights import Quantized, Transposed, Weight, weight_of
@@ -94,15 +96,23 @@ class Quantizer:
             )
         return self._pairs[key]
 
-    def weight(self, linear: Linear, scale: np.ndarray) -> gs.Variable:
-        """The linear's weight stored in FP8 as its MatMul reads it, through Dequantize."""
+    def weight(self, linear: Linear, scale: np.ndarray, rows: Sequence[Weight] = ()) -> gs.Variable:
+        """The linear's weight stored in FP8 as its MatMul reads it, through Dequantize.
+
+        Args:
+            rows: that its activation is made of, to make up for rounding errors on; none: each weight is rounded to
+                the nearest.
+        """
         key = id(linear.weight)
         if key not in self._weights:
             values = weight_of(linear.weight)
             if linear.transposed:
                 values = Transposed(values, [1, 0])
             name = linear.weight.name
-            codes = self.editor.constant(f"{name}.fp8", Quantized(values, scale, ml_dtypes.float8_e4m3fn))
+            rounded: Weight = Quantized(values, scale, FLOAT8E4M3FN)
+            if rows:
+                rounded = Compensated(values, scale, FLOAT8E4M3FN, rows)
+            codes = self.editor.constant(f"{name}.fp8", rounded)
             stored = self.editor.constant(f"{name}.scale", scale)
             self._weights[key] = self.editor.add(
                 "DequantizeLinear",

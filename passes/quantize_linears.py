@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,12 +14,13 @@ from pi05c.graph.domains import TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, name_of
 from pi05c.graph.edit import declare_domain
 from pi05c.graph.io import scopes
-from pi05c.graph.weights import weight_of
+from pi05c.graph.ranges import Ranges
+from pi05c.graph.weights import Weight, weight_of
 from pi05c.passes.blocks import DYNAMIC_RANKS, BlockQuantizer
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.flow import flow_linears
 from pi05c.passes.patterns.linear import Linear, find_linears
-from pi05c.passes.patterns.parts import Part, parts_of
+from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
 from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
 
@@ -30,11 +32,41 @@ Format = Literal["fp8", "nvfp4", "nvfp4_w4a16"]
 """E4M3 on both sides; NVFP4 on both, activations as they come (W4A4); NVFP4 weights and float16 activations (W4A16)."""
 
 
-def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: object) -> Iterator[gs.Tensor]:
+ROWS = 256
+"""Rows that the rounding of a weight is made up for on, of all linears that read it together."""
+
+
+def _quantizable(graph: gs.Graph, keep: tuple[str, ...]) -> list[Linear]:
     kept = _kept(graph)
-    for linear in find_linears(graph):
-        if not _obstacle(linear, kept, keep):
-            yield linear.activation
+    return [linear for linear in find_linears(graph) if not _obstacle(linear, kept, keep)]
+
+
+def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: object) -> Iterator[gs.Tensor]:
+    yield from (linear.activation for linear in _quantizable(graph, keep))
+
+
+def _rows(
+    graph: gs.Graph,
+    *,
+    llm: Format = "fp8",
+    nvfp4: tuple[str, ...] = (),
+    fp8: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+    rounding: str = "nearest",
+) -> Iterator[tuple[gs.Tensor, int]]:
+    if rounding == "compensated":
+        formats = _formats_of(graph, llm, nvfp4, fp8)
+        for tensors in _fed_to(_quantizable(graph, keep), formats).values():
+            yield from ((tensor, -(-ROWS // len(tensors))) for tensor in tensors)
+
+
+def _fed_to(linears: Sequence[Linear], formats: Mapping[int, Format]) -> dict[int, list[gs.Tensor]]:
+    """The activations that each weight multiplies in FP8, by `id` of the weight."""
+    fed: dict[int, dict[int, gs.Tensor]] = defaultdict(dict)
+    for linear in linears:
+        if formats[id(linear.node)] == "fp8":
+            fed[id(linear.weight)][id(linear.activation)] = linear.activation
+    return {key: list(tensors.values()) for key, tensors in fed.items()}
 
 
 def _opset(*, llm: Format = "fp8", nvfp4: tuple[str, ...] = (), **options: object) -> int:
@@ -51,6 +83,7 @@ def _formats(*, llm: Format = "fp8", nvfp4: tuple[str, ...] = (), **options: obj
     after=("lower_precision", "pin_fp32"),
     min_opset=_opset,
     ranges=_activations,
+    rows=_rows,
     formats=_formats,
 )
 def quantize_linears(
@@ -61,14 +94,17 @@ def quantize_linears(
     nvfp4: tuple[str, ...] = (),
     fp8: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    rounding: Literal["nearest", "compensated"] = "nearest",
 ) -> None:
     """Put FP8 (E4M3) Q/DQ on both factors of each linear, weights stored in FP8.
 
     One scale a tensor, in the working precision: for the activation the power of two from which on its calibrated
     range fits, for the weight the best of eight between amax / 448 and twice that, by squared rounding error; its
-    codes are computed from the weight as the checkpoint stores it. A tensor
-    that several linears read is quantized once, and so is a weight that several steps share. The linears at the
-    two ends of the flow (action_in_proj, action_out_proj) and those that a pattern of `keep` names stay as they
+    codes are computed from the weight as the checkpoint stores it. With `rounding=compensated` they are chosen, from
+    256 sampled rows of what the weight multiplies, so that later weights of a column make up for the rounding errors
+    of earlier ones (GPTQ); where no rows were sampled, and with `rounding=nearest`, each weight is rounded by itself.
+    A tensor that several linears read is quantized once, and so is a weight that several steps share. The linears at
+    the two ends of the flow (action_in_proj, action_out_proj) and those that a pattern of `keep` names stay as they
     are.
 
     With `llm=nvfp4` the linears of the language model compute in NVFP4: FP4 (E2M1) weights with an FP8 scale for each 16
@@ -77,7 +113,13 @@ def quantize_linears(
     held against the names of the MatMul and of the weight.
     """
     kept = _kept(graph)
-    parts = parts_of(graph)
+    formats = _formats_of(graph, llm, nvfp4, fp8)
+    fed = _fed_to(_quantizable(graph, keep), formats) if rounding == "compensated" else {}
+    unsampled = [key for key, tensors in fed.items() if not _sampled(tensors, ctx.ranges)]
+    if unsampled:
+        ctx.note(
+            f"no rows were sampled for {len(unsampled)} of {len(fed)} weights, which are rounded to the nearest"
+        )
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
     blocks = {id(scope): BlockQuantizer(ctx.editor(scope)) for scope in scopes(graph)}
     stored_scales: dict[int, np.ndarray | None] = {}
@@ -92,7 +134,7 @@ def quantize_linears(
         if amax is None or dtype is None:
             ctx.skip(linear.node, f"the range of {linear.activation.name!r} was not measured")
             continue
-        if (chosen := _format(linear, parts[id(linear.node)], llm, nvfp4, fp8)) != "fp8":
+        if (chosen := formats[id(linear.node)]) != "fp8":
             reason = _fp4_obstacle(linear, amax, chosen)
             if reason:
                 ctx.skip(linear.node, reason)
@@ -113,18 +155,27 @@ def quantize_linears(
             continue
         quantizer = quantizers[id(linear.scope)]
         linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
-        linear.node.inputs[1] = quantizer.weight(linear, stored_scale)
+        rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
+        linear.node.inputs[1] = quantizer.weight(linear, stored_scale, rows)
         if linear.node.op == "Gemm":
             linear.node.attrs.pop("transB", None)
         ctx.changed(linear.node)
 
 
-def _format(linear: Linear, part: Part, llm: Format, nvfp4: Collection[str], fp8: Collection[str]) -> Format:
-    if _named(linear, fp8):
-        return "fp8"
-    if _named(linear, nvfp4):
-        return "nvfp4" if llm == "fp8" else llm
-    return llm if part == "prefix" else "fp8"
+def _formats_of(
+    graph: gs.Graph, llm: Format, nvfp4: Collection[str], fp8: Collection[str]
+) -> dict[int, Format]:
+    """The format that each linear is to compute in, by `id` of its node."""
+    parts = parts_of(graph)
+
+    def chosen(linear: Linear) -> Format:
+        if _named(linear, fp8):
+            return "fp8"
+        if _named(linear, nvfp4):
+            return "nvfp4" if llm == "fp8" else llm
+        return llm if parts[id(linear.node)] == "prefix" else "fp8"
+
+    return {id(linear.node): chosen(linear) for linear in find_linears(graph)}
 
 
 def _named(linear: Linear, patterns: Collection[str]) -> bool:
@@ -149,6 +200,11 @@ def _quantize_blocks(
     linear.node.inputs[1] = quantizer.weight(linear, dtype)
     if linear.node.op == "Gemm":
         linear.node.attrs.pop("transB", None)
+
+
+def _sampled(tensors: Sequence[gs.Tensor], ranges: Ranges | None) -> list[Weight]:
+    found = (ranges.rows_of(tensor) for tensor in tensors) if ranges is not None else ()
+    return [rows for rows in found if rows is not None and rows.shape[0]]
 
 
 def _kept(graph: gs.Graph) -> set[int]:

@@ -27,7 +27,7 @@ from pi05c.diffing import diff_files
 from pi05c.folder import scratch
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import DataFolder, Model, load, location_of, save, tensors
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.guilt import AFTER, BEFORE, BisectResult, Guilty, Replay, Trial, write_readme
 from pi05c.passes.pipeline import InvalidGraphError, MissingRangesError, Step, StepResult
 from pi05c.passes.pipeline import run as run_steps
@@ -210,7 +210,7 @@ def _dump(
         update(None, step.spec.name)
         in_pass = True
 
-    def calibrated(current: Model, wanted: Sequence[str]) -> Ranges | None:
+    def calibrated(current: Model, wanted: Wanted) -> Ranges | None:
         nonlocal in_pass
         in_pass = False
         ranges = calibrate(current, wanted)

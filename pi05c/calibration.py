@@ -2,7 +2,8 @@
 
 The model itself is never changed or copied: its export gets reductions (`pi05c.reductions`), its weights stay in
 the files that they are in. Weights that exist only as a computation are evaluated once, into a scratch file that is
-mapped. Results are kept under a hash of the graph, its weights, the data and onnxruntime's version.
+mapped. Of some tensors a few rows are kept too, chosen by hashes of sample and tensor, so that the order of the samples
+does not matter. Results are kept under a hash of the graph, its weights, the data and onnxruntime's version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import onnx
 
 from pi05c.backend.lowering import graphs_in, lower
-from pi05c.graph.dtypes import to_onnx
+from pi05c.graph.dtypes import BFLOAT16, to_onnx
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, to_proto
 from pi05c.graph.io import tensors as stored_tensors
@@ -31,13 +32,13 @@ from pi05c.graph.ranges import Ranges
 from pi05c.graph.runner import Array
 from pi05c.graph.text import canonical_text
 from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
-from pi05c.reductions import HAS_NAN, HIGH, LOW, TOTAL, Probe, add_reductions
+from pi05c.reductions import HAS_NAN, HIGH, LOW, TOTAL, Probe, RowOutput, add_reductions
 from pi05c.samples import Samples
 
 CACHE_VARIABLE = "PI05C_CACHE"
 """Environment variable that names the folder of measured ranges."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever ranges must be measured again though neither the graph nor the data changed."""
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -76,6 +77,7 @@ def measure_ranges(
     tensors: Sequence[str],
     samples: Samples,
     *,
+    rows: Mapping[str, int] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
@@ -86,18 +88,20 @@ def measure_ranges(
         model: runs in float32 or, with the bits of its types, in whatever the onnxruntime backend lowers.
         tensors: names of graph inputs and of tensors that nodes compute, in bodies of Loop and Scan too. Those that
             are not of a floating type are passed over.
+        rows: how many rows of which tensors to keep, rounded to bfloat16; none of those inside bodies.
         threads: for operators; None: onnxruntime's choice.
         scratch: folder for weights that have to be evaluated; None: the system's folder for temporary files.
 
     Raises:
         Pi05cError: there are no samples, a tensor holds NaN, or onnxruntime cannot run the graph.
     """
-    return _measure(model, tensors, samples, graph_sha256(model), threads, progress, scratch)
+    return _measure(model, tensors, rows or {}, samples, graph_sha256(model), threads, progress, scratch)
 
 
 def _measure(
     model: Model,
     tensors: Sequence[str],
+    rows: Mapping[str, int],
     samples: Samples,
     graph_hash: str,
     threads: int | None,
@@ -108,11 +112,14 @@ def _measure(
         raise Pi05cError("there is no sample to calibrate with: give --calibration FILE.npz")
     low: dict[str, float] = {}
     high: dict[str, float] = {}
+    taken: dict[str, list[Array]] = {}
     with contextlib.ExitStack() as stack:
-        probed = stack.enter_context(_Probed.of(model, tensors, _PROBES, threads, scratch))
+        probed = stack.enter_context(_Probed.of(model, tensors, _PROBES, threads, scratch, rows))
+        chosen = {each.tensor: _chosen(each, rows[each.tensor], samples) for each in probed.rows}
         exact: dict[tuple[str, ...], _Probed] = {}
         for index, sample in enumerate(samples):
-            lows, highs, totals = probed.run(sample)
+            numbers, kept = probed.run(sample, {name: places[index] for name, places in chosen.items()})
+            lows, highs, totals = numbers
             suspects = tuple(
                 name for name, total in zip(probed.names, totals, strict=True) if np.isnan(total)
             )
@@ -124,6 +131,8 @@ def _measure(
             for name, smallest, largest in zip(probed.names, lows.tolist(), highs.tolist(), strict=True):
                 low[name] = min(low.get(name, math.inf), smallest)
                 high[name] = max(high.get(name, -math.inf), largest)
+            for name, values in kept.items():
+                taken.setdefault(name, []).append(values.astype(BFLOAT16))
             if progress is not None:
                 progress(index + 1, len(samples))
     left_out = dict(probed.left_out)
@@ -138,11 +147,23 @@ def _measure(
         {name: high[root] for name, root in measured.items()},
         samples.source,
         samples.synthetic,
+        {name: InMemory(np.concatenate(parts)) for name, parts in taken.items()},
         left_out,
         graph_hash,
         samples.sha256,
         len(samples),
     )
+
+
+def _chosen(rows: RowOutput, count: int, samples: Samples) -> list[Array]:
+    """Which rows of a tensor are kept of each sample: of all samples' rows those with the smallest random numbers."""
+    drawn = []
+    for hashed in samples.hashes:
+        seed = int(hashlib.sha256(f"{hashed} {rows.tensor}".encode()).hexdigest()[:16], 16)
+        drawn.append(np.random.Generator(np.random.PCG64(seed)).random(rows.count))
+    numbers = np.concatenate(drawn)
+    last = np.partition(numbers, count - 1)[count - 1] if count < len(numbers) else np.inf
+    return [np.flatnonzero(part <= last) for part in drawn]
 
 
 def cached_ranges(
@@ -151,6 +172,7 @@ def cached_ranges(
     samples: Samples,
     cache_dir: Path | None = None,
     *,
+    rows: Mapping[str, int] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
@@ -164,12 +186,13 @@ def cached_ranges(
         cache_dir: None: `default_cache_dir()`.
     """
     graph_hash = graph_sha256(model)
-    path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, tensors, samples)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        ranges = _from_json(json.loads(path.read_text(encoding="utf-8")))
-        if _answers(ranges, graph_hash, tensors, samples):
+    rows = rows or {}
+    path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, tensors, rows, samples)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Pi05cError):
+        ranges = _read(path)
+        if _answers(ranges, graph_hash, [*tensors, *rows], samples):
             return dataclasses.replace(ranges, source=samples.source)
-    ranges = _measure(model, tensors, samples, graph_hash, threads, progress, scratch)
+    ranges = _measure(model, tensors, rows, samples, graph_hash, threads, progress, scratch)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, ranges)
@@ -177,7 +200,7 @@ def cached_ranges(
 
 
 def save_ranges(path: Path, ranges: MeasuredRanges) -> None:
-    """Write ranges as JSON that a person can read: `[low, high]` by tensor name.
+    """Write ranges as JSON that a person can read: `[low, high]` by tensor name. Rows lie beside it (`rows_path`).
 
     Raises:
         Pi05cError: the file cannot be written.
@@ -209,7 +232,7 @@ def read_ranges(path: Path) -> MeasuredRanges:
         Pi05cError: the file cannot be read.
     """
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return _read(path)
     except OSError as error:
         raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -248,10 +271,11 @@ class _Probed:
     measured_as: Mapping[str, str]
     left_out: Mapping[str, str]
     probes: tuple[Probe, ...]
-    output: str | None
+    outputs: tuple[str, ...]
     session: Any
     renamed: Mapping[str, str]
     weights: Mapping[str, Any]
+    rows: tuple[RowOutput, ...] = ()
 
     @classmethod
     @contextlib.contextmanager
@@ -262,13 +286,14 @@ class _Probed:
         probes: tuple[Probe, ...],
         threads: int | None,
         scratch: Path | None,
+        rows: Collection[str] = (),
     ) -> Iterator[_Probed]:
         """Load a model with reductions; what was evaluated for it is deleted at the end."""
         proto, pending = to_proto(model)
-        added = add_reductions(model, proto, wanted, probes)
+        added = add_reductions(model, proto, wanted, probes, rows)
         session, renamed, weights = None, {}, {}
         with tempfile.TemporaryDirectory(prefix="pi05c-", dir=scratch) as folder:
-            if added.output is not None:
+            if added.outputs or added.rows:
                 lowered = lower(proto)
                 renamed = lowered.feeds
                 base = _data_folder(model, pending)
@@ -279,37 +304,49 @@ class _Probed:
                 added.measured_as,
                 added.left_out,
                 probes,
-                added.output,
+                added.outputs,
                 session,
                 renamed,
                 weights,
+                added.rows,
             )
 
-    def run(self, sample: Mapping[str, Array]) -> Array:
-        """The numbers for one sample, float64 [probes, tensors].
+    def run(
+        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The numbers for one sample, float64 [probes, tensors], and rows by tensor, float32.
+
+        Args:
+            places: indices of rows by tensor.
 
         Raises:
             Pi05cError: onnxruntime fails.
         """
         if self.session is None:
-            return np.zeros((len(self.probes), 0))
+            return np.zeros((len(self.probes), 0)), {}
         import onnxruntime
 
         feeds = dict(self.weights)
         for name, array in sample.items():
             fed = np.ascontiguousarray(array.astype(np.float32) if name in self.renamed else array)
             feeds[self.renamed.get(name, name)] = onnxruntime.OrtValue.ortvalue_from_numpy(fed)
+        for rows in self.rows:
+            feeds[rows.indices] = onnxruntime.OrtValue.ortvalue_from_numpy((places or {})[rows.tensor])
         try:
-            (numbers,) = self.session.run_with_ort_values([self.output], feeds)
+            values = self.session.run_with_ort_values(
+                [*self.outputs, *(rows.output for rows in self.rows)], feeds
+            )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
-        result: Array = numbers.numpy()
-        return result
+        arrays = [value.numpy() for value in values]
+        numbers = [np.zeros((len(self.probes), 0)), *arrays[: len(self.outputs)]]
+        taken = zip(self.rows, arrays[len(self.outputs) :], strict=True)
+        return np.concatenate(numbers, axis=1), {rows.tensor: values for rows, values in taken}
 
 
 def _refuse_nan(counted: _Probed, sample: Mapping[str, Array], index: int, samples: Samples) -> None:
     """Raise where a tensor holds NaN; a sum may be NaN without, as of infinities of both signs."""
-    (flags,) = counted.run(sample)
+    (flags,) = counted.run(sample)[0]
     for name, flag in zip(counted.names, flags, strict=True):
         if flag:
             raise Pi05cError(
@@ -422,10 +459,11 @@ def _point_to_file(tensor: onnx.TensorProto, weight: Weight, base: Path | None) 
     return True
 
 
-def _key(graph_hash: str, wanted: Sequence[str], samples: Samples) -> str:
+def _key(graph_hash: str, wanted: Sequence[str], rows: Mapping[str, int], samples: Samples) -> str:
     import onnxruntime
 
-    parts = [FORMAT, onnxruntime.__version__, graph_hash, samples.sha256, *sorted(set(wanted))]
+    asked = [*sorted(set(wanted)), sorted(rows.items())]
+    parts = [FORMAT, onnxruntime.__version__, graph_hash, samples.sha256, *asked]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -434,7 +472,7 @@ def _answers(ranges: MeasuredRanges, graph_hash: str, wanted: Sequence[str], sam
     return (
         ranges.graph_sha256 == graph_hash
         and ranges.data_sha256 == samples.sha256
-        and {*ranges.low, *ranges.left_out} <= set(wanted)
+        and {*ranges.low, *ranges.rows, *ranges.left_out} <= set(wanted)
         and all(ranges.low[name] <= ranges.high[name] for name in ranges.low)
     )
 
@@ -449,6 +487,7 @@ def _write(path: Path, ranges: MeasuredRanges) -> None:
         "samples": ranges.samples,
         "ranges": {name: [_spell(ranges.low[name]), _spell(ranges.high[name])] for name in ranges.low},
         "left_out": dict(ranges.left_out),
+        "rows": _write_rows(rows_path(path), ranges.rows),
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -458,7 +497,37 @@ def _write(path: Path, ranges: MeasuredRanges) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _from_json(record: Mapping[str, Any]) -> MeasuredRanges:
+def rows_path(path: Path) -> Path:
+    """The file of the rows beside a file of ranges: bfloat16, one tensor after the other."""
+    return path.with_suffix(".rows")
+
+
+def _write_rows(path: Path, rows: Mapping[str, Weight]) -> dict[str, dict[str, Any]]:
+    """Write rows to `path`; where each tensor's lie in it. Without rows there is no file."""
+    places: dict[str, dict[str, Any]] = {}
+    if not rows:
+        path.unlink(missing_ok=True)
+        return places
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            for name, values in rows.items():
+                place = {"offset": file.tell(), "shape": list(values.shape), "sha256": values.checksum()}
+                places[name] = place
+                for chunk in values.chunks():
+                    file.write(stored_bytes(chunk))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return places
+
+
+def _read(path: Path) -> MeasuredRanges:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return _from_json(record, rows_path(path))
+
+
+def _from_json(record: Mapping[str, Any], rows: Path) -> MeasuredRanges:
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']}")
     pairs = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
@@ -467,6 +536,10 @@ def _from_json(record: Mapping[str, Any]) -> MeasuredRanges:
         {name: high for name, (_, high) in pairs.items()},
         str(record["source"]),
         bool(record["synthetic"]),
+        {
+            str(name): Stored(rows, int(place["offset"]), place["shape"], BFLOAT16, str(place["sha256"]))
+            for name, place in record["rows"].items()
+        },
         {str(name): str(reason) for name, reason in record["left_out"].items()},
         str(record["graph"]),
         str(record["data"]),
@@ -490,5 +563,6 @@ __all__ = [
     "graph_sha256",
     "load_ranges",
     "measure_ranges",
+    "rows_path",
     "save_ranges",
 ]

@@ -11,7 +11,7 @@ from pi05c.cost import AssumedRanges
 from pi05c.graph.clone import collection_paused
 from pi05c.graph.errors import UsageError
 from pi05c.graph.io import Model, load
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.nodechanges import Place, Rewrite, Snapshot, Told
 from pi05c.passes import REGISTRY
 from pi05c.passes.pipeline import Calibrate, Step, StepResult, named
@@ -148,22 +148,22 @@ class _RangeSource:
 
     def __init__(self, model: Path, run: Plan, progress: Progress) -> None:
         self._model, self._run, self._progress = model, run, progress
-        self._calibrate: Calibrate = lambda _model, _tensors: AssumedRanges()
+        self._calibrate: Calibrate = lambda _model, _wanted: AssumedRanges()
         self.source = ASSUMED
 
     def choose(self, calibration: Sequence[str | Path], cache: Path | None) -> None:
         run = self._run
         if run.start is not None and (recorded := _ranges_beside(run.start)) is not None:
             self.source = f"recorded beside {run.start.name}: {recorded.source}"
-            self._calibrate = lambda _model, _tensors: recorded
+            self._calibrate = lambda _model, _wanted: recorded
         elif calibration:
             samples = samples_for(load(self._model), run.steps, calibration, self._progress)
             if samples is not None:
                 self.source = f"measured on {len(samples.measured)} samples of {samples.measured.source}"
                 self._calibrate = Calibrator(run, samples.measured, self._progress, cache=cache)
 
-    def __call__(self, model: Model, tensors: Sequence[str]) -> Ranges | None:
-        return self._calibrate(model, tensors)
+    def __call__(self, model: Model, wanted: Wanted) -> Ranges | None:
+        return self._calibrate(model, wanted)
 
 
 def _ranges_beside(stage: Path) -> Ranges | None:

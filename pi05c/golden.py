@@ -18,12 +18,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.text import canonical_text
+from pi05c.graph.weights import InMemory
 from pi05c.passes import REGISTRY
 from pi05c.passes.pipeline import Calibrate, Step, StepResult, run
 from pi05c.plugins import parse_passes
@@ -34,7 +36,7 @@ else:
     import tomli as tomllib
 
 METADATA_KEY = "pi05c.golden"
-"""Metadata of a model that is a case by itself: JSON with `shows`, `options`, `low`, `high`, `limit`."""
+"""Metadata of a model that is a case by itself: JSON with `shows`, `options`, `low`, `high`, `rows`, `limit`."""
 
 LIST_FILE = "golden.toml"
 RESULT_SUFFIX = ".golden.txt"
@@ -52,6 +54,7 @@ class PassCase(BaseModel):
         shows: one sentence.
         options: of the pass, as text.
         low, high: measured ranges by tensor name; None for no calibration.
+        rows: sampled rows by tensor name.
         limit: relative L2 error of the outputs that the case allows; for tests, the texts do not depend on it.
         why: where that error comes from.
     """
@@ -62,6 +65,7 @@ class PassCase(BaseModel):
     options: dict[str, str] = {}
     low: dict[str, float] | None = None
     high: dict[str, float] | None = None
+    rows: dict[str, list[list[float]]] = {}
     limit: float = 0.0
     why: str = ""
 
@@ -82,7 +86,10 @@ class PassCase(BaseModel):
     @property
     def ranges(self) -> Ranges | None:
         """The ranges that the pass is given."""
-        return None if self.low is None else Ranges(self.low, self.high or {}, "the case")
+        if self.low is None:
+            return None
+        rows = {name: InMemory(np.array(values, np.float32)) for name, values in self.rows.items()}
+        return Ranges(self.low, self.high or {}, "the case", rows=rows)
 
 
 class PipelineCase(BaseModel):
@@ -242,7 +249,8 @@ def _calibrate(folder: Path, model: Model, case: PipelineCase) -> Calibrate:
     samples = find_samples(model, given)
     if samples is None:
         return lambda _, names: None
-    return lambda current, names: cached_ranges(current, names, split(samples)[0])
+    measured = split(samples)[0]
+    return lambda current, wanted: cached_ranges(current, wanted.tensors, measured, rows=wanted.rows)
 
 
 def _pipeline_cases(path: Path) -> list[tuple[str, PipelineCase]]:

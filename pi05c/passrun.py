@@ -15,7 +15,7 @@ from pi05c.calibration import MeasuredRanges, cached_ranges
 from pi05c.fitting import fitting, planned_inputs
 from pi05c.graph.errors import UsageError
 from pi05c.graph.io import Model, load
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.text import canonical_text
 from pi05c.passes.pipeline import AfterStep, Step, StepResult
 from pi05c.passes.pipeline import run as run_steps
@@ -242,7 +242,7 @@ class Calibrator:
         self.ranges: MeasuredRanges | None = None
         self.measured = False
 
-    def __call__(self, model: Model, tensors: Sequence[str]) -> Ranges | None:
+    def __call__(self, model: Model, wanted: Wanted) -> Ranges | None:
         """A `pi05c.passes.pipeline.Calibrate`."""
         if self.recorded is not None:
             self.ranges = self.recorded
@@ -251,9 +251,10 @@ class Calibrator:
             with self._progress.stage(self._title) as update:
                 self.ranges = cached_ranges(
                     model,
-                    tensors,
+                    wanted.tensors,
                     self._samples.only(tensor.name for tensor in model.graph.inputs),
                     self._cache,
+                    rows=wanted.rows,
                     scratch=self._scratch,
                     progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
                 )
@@ -321,8 +322,8 @@ def run(
                 stages[number] = folder.write(model, number, follows)
             return stages.get(number)
 
-        def calibrated(current: Model, tensors: Sequence[str]) -> Ranges | None:
-            ranges = calibrate(current, tensors)
+        def calibrated(current: Model, wanted: Wanted) -> Ranges | None:
+            ranges = calibrate(current, wanted)
             if folder is not None and calibrate.ranges is not None:
                 folder.write_ranges(calibrate.ranges)
             return ranges

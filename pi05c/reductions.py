@@ -3,6 +3,8 @@
 Beside each tensor stand a few reductions to one number each; all numbers leave the graph as one small output. In
 the body of a Loop or Scan they leave as one more scan output, which is reduced over the steps outside.
 
+Some rows of a tensor can leave the graph as well, chosen anew for each run by an input of their indices.
+
 The order in which nodes are listed matters. onnxruntime executes depth first from the last node of a graph, of
 several inputs the one with the highest index first (`ReverseDFSFrom` in onnxruntime/core/graph/graph_viewer.cc).
 With reductions listed in order it would run the whole model first and hold every tensor until then; listed
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,31 +63,58 @@ HAS_NAN = Probe("ReduceMax", 0.0, of_nan=True)
 
 
 @dataclass(frozen=True)
+class RowOutput:
+    """Rows of one tensor that leave the graph.
+
+    Attributes:
+        tensor: its name.
+        indices: name of the input that says which, int64 [any number]; rows are counted over all axes but the last.
+        output: float32 [that number, size].
+        count: how many rows the tensor has.
+        size: of its last axis.
+    """
+
+    tensor: str
+    indices: str
+    output: str
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Reductions:
     """What `add_reductions` added.
 
     Attributes:
-        output: name of the output, float64 [probes, tensors]; None where nothing could be reduced.
+        outputs: names of the outputs with numbers, each float64 [probes, tensors], to be joined along the tensors.
         names: the tensors that are reduced, in execution order.
         measured_as: for each wanted tensor the one of `names` that holds the same values.
         left_out: wanted tensors that cannot be reduced, with the reason.
+        rows: of the tensors of which rows can be taken.
     """
 
-    output: str | None
+    outputs: tuple[str, ...]
     names: tuple[str, ...]
     measured_as: dict[str, str]
     left_out: dict[str, str]
+    rows: tuple[RowOutput, ...] = ()
 
 
 def add_reductions(
-    model: Model, proto: onnx.ModelProto, wanted: Sequence[str], probes: Sequence[Probe]
+    model: Model,
+    proto: onnx.ModelProto,
+    wanted: Sequence[str],
+    probes: Sequence[Probe],
+    rows: Collection[str] = (),
 ) -> Reductions:
-    """Reduce tensors inside a graph; its only output becomes their numbers.
+    """Reduce tensors inside a graph; its only outputs become their numbers, and rows.
 
     Args:
         model: the model, which stays as it is.
         proto: its export, whose nodes come in the same order, edited in place.
         wanted: names of tensors of floating type; those of other types are passed over.
+        rows: names of tensors of which rows are wanted. Those of bodies and those whose shape is not static are
+            passed over.
     """
     found = _Found(model.graph)
     measured_as, left_out = {}, {}
@@ -100,18 +129,27 @@ def add_reductions(
             measured_as[name] = root.name
         elif reason:
             left_out[name] = reason
-    writer = _Writer(model, proto, probes, set(measured_as.values()))
-    part = writer.scope(model.graph, proto.graph)
+    writer = _Writer(model, proto, probes, set(measured_as.values()), frozenset(rows))
+    parts = writer.parts(model.graph, proto.graph)
+    names = tuple(name for part in parts for name in part.names)
     for name, root in list(measured_as.items()):
-        if part is None or root not in part.names:
+        if root not in names:
             del measured_as[name]
             left_out[name] = "it lies in a subgraph whose steps cannot be followed"
-    if part is not None:
+    if parts or writer.rows:
         del proto.graph.output[:]
-        proto.graph.output.append(writer.declared(part))
+        proto.graph.output.extend(writer.declared(part) for part in parts)
+        proto.graph.output.extend(_declared_rows(taken) for taken in writer.rows)
+        proto.graph.input.extend(
+            helper.make_tensor_value_info(taken.indices, TensorProto.INT64, [None]) for taken in writer.rows
+        )
     return Reductions(
-        part.tensor if part else None, part.names if part else (), measured_as=measured_as, left_out=left_out
+        tuple(part.tensor for part in parts), names, measured_as, left_out, rows=tuple(writer.rows)
     )
+
+
+def _declared_rows(taken: RowOutput) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(taken.output, TensorProto.FLOAT, [None, taken.size])
 
 
 def _same_values(tensor: gs.Tensor) -> gs.Tensor:
@@ -170,11 +208,23 @@ class _Part:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A tensor of which rows are taken."""
+
+    tensor: gs.Tensor
+
+
 class _Writer:
     """Appends nodes to a proto; constants go to the outermost graph, where every body sees them."""
 
     def __init__(
-        self, model: Model, proto: onnx.ModelProto, probes: Sequence[Probe], wanted: set[str]
+        self,
+        model: Model,
+        proto: onnx.ModelProto,
+        probes: Sequence[Probe],
+        wanted: set[str],
+        sampled: frozenset[str],
     ) -> None:
         self._names = Names(model.graph)
         self._opset: int = model.graph.opset
@@ -182,56 +232,100 @@ class _Writer:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._probes = tuple(probes)
         self._wanted = wanted
+        self._sampled = sampled
+        self.rows: list[RowOutput] = []
 
     def scope(self, scope: gs.Graph, graph: onnx.GraphProto) -> _Part | None:
-        """Add the reductions of one graph and of the bodies in it; None where nothing in it is wanted."""
+        """Add the reductions of a body and of the bodies in it; None where nothing in it is wanted."""
+        parts = self.parts(scope, graph, sampled=False)
+        if not parts:
+            return None
+        whole = self._new("ranges")
+        graph.node.append(helper.make_node("Concat", [part.tensor for part in parts], [whole], axis=1))
+        return _Part(whole, tuple(name for part in parts for name in part.names))
+
+    def parts(self, scope: gs.Graph, graph: onnx.GraphProto, *, sampled: bool = True) -> list[_Part]:
+        """Add the reductions of one graph and of the bodies in it, group by group.
+
+        Each group ends in a tensor of its own, so that rows are taken between groups and not behind all of them.
+
+        Args:
+            sampled: whether rows of its tensors may be taken.
+        """
         parts: list[_Part] = []
         reductions: list[list[onnx.NodeProto]] = []
         joins: list[list[onnx.NodeProto]] = []
-        for item in self._in_groups(scope, graph):
+        for item in self._in_groups(scope, graph, sampled):
             if isinstance(item, _Part):
                 nodes, part = self._over_steps(item)
                 reductions.append(nodes)
+            elif isinstance(item, _Rows):
+                joins.append(self._take(item))
+                continue
             else:
                 numbers = [self._reduce(tensor) for tensor in item]
                 reductions.extend(nodes for nodes, _ in numbers)
                 nodes, part = self._join(item, [outputs for _, outputs in numbers])
                 joins.append(nodes)
             parts.append(part)
-        if not parts:
-            return None
         for nodes in (*reversed(reductions), *reversed(joins)):
             graph.node.extend(nodes)
-        whole = self._new("ranges")
-        graph.node.append(helper.make_node("Concat", [part.tensor for part in parts], [whole], axis=1))
-        return _Part(whole, tuple(name for part in parts for name in part.names))
+        return parts
 
     def declared(self, part: _Part) -> onnx.ValueInfoProto:
         """The declaration of a part as an output of its graph."""
         shape = [len(self._probes), len(part.names)]
         return helper.make_tensor_value_info(part.tensor, TensorProto.DOUBLE, shape)
 
-    def _in_groups(self, scope: gs.Graph, graph: onnx.GraphProto) -> Iterator[list[gs.Tensor] | _Part]:
+    def _in_groups(
+        self, scope: gs.Graph, graph: onnx.GraphProto, sampled: bool
+    ) -> Iterator[list[gs.Tensor] | _Part | _Rows]:
         """Tensors of one graph in execution order, neighbours of one width together, and what its bodies return."""
 
-        def group_of(item: gs.Tensor | _Part) -> object:
-            return id(item) if isinstance(item, _Part) else to_numpy(item.dtype) == FLOAT64
+        def group_of(item: gs.Tensor | _Part | _Rows) -> object:
+            return id(item) if isinstance(item, (_Part, _Rows)) else to_numpy(item.dtype) == FLOAT64
 
-        for _, items in itertools.groupby(self._in_order(scope, graph), group_of):
+        for _, items in itertools.groupby(self._in_order(scope, graph, sampled), group_of):
             while chunk := list(itertools.islice(items, _TENSORS_A_GROUP)):
-                if isinstance(chunk[0], _Part):
+                if isinstance(chunk[0], (_Part, _Rows)):
                     yield chunk[0]
                 else:
                     yield chunk
 
-    def _in_order(self, scope: gs.Graph, graph: onnx.GraphProto) -> Iterator[gs.Tensor | _Part]:
-        yield from (tensor for tensor in scope.inputs if tensor.name in self._wanted)
+    def _in_order(
+        self, scope: gs.Graph, graph: onnx.GraphProto, sampled: bool
+    ) -> Iterator[gs.Tensor | _Part | _Rows]:
+        def asked(tensor: gs.Tensor) -> Iterator[gs.Tensor | _Rows]:
+            if tensor.name in self._wanted:
+                yield tensor
+            if sampled and tensor.name in self._sampled:
+                shape = tensor.shape
+                if shape and all(isinstance(dim, int) and dim > 0 for dim in shape):
+                    yield _Rows(tensor)
+
+        for tensor in scope.inputs:
+            yield from asked(tensor)
         for node, exported in zip(scope.nodes, list(graph.node), strict=True):
             if steps(node):
                 body = self.scope(node.attrs["body"], _body(exported))
                 if body is not None:
                     yield self._returned(exported, body)
-            yield from (tensor for tensor in node.outputs if tensor.name in self._wanted)
+            for tensor in node.outputs:
+                yield from asked(tensor)
+
+    def _take(self, item: _Rows) -> list[onnx.NodeProto]:
+        """The rows of a tensor that an input names, as an output."""
+        tensor = item.tensor
+        *outer, size = (int(dim) for dim in tensor.shape)
+        flat, taken, wide = self._new("rows"), self._new("rows"), self._new("rows")
+        rows = RowOutput(tensor.name, self._new("indices"), wide, math.prod(outer), size)
+        self.rows.append(rows)
+        shape = self._constant(np.array([-1, size]))
+        return [
+            helper.make_node("Reshape", [tensor.name, shape], [flat]),
+            helper.make_node("Gather", [flat, rows.indices], [taken], axis=0),
+            helper.make_node("Cast", [taken], [wide], to=TensorProto.FLOAT),
+        ]
 
     def _returned(self, node: onnx.NodeProto, body: _Part) -> _Part:
         """Make a body return its numbers: the new output of its node is float64 [steps, probes, tensors]."""
@@ -326,6 +420,7 @@ __all__ = [
     "TOTAL",
     "Probe",
     "Reductions",
+    "RowOutput",
     "add_reductions",
     "steps",
 ]

@@ -128,6 +128,11 @@ class Samples(Sequence[dict[str, Array]]):
         return Samples([self._samples[index] for index in indices], self.source, self.synthetic, self._names)
 
     @property
+    def hashes(self) -> tuple[str, ...]:
+        """Hash of each sample's names, types, shapes and values."""
+        return tuple(sample.sha256 for sample in self._samples)
+
+    @property
     def sha256(self) -> str:
         """Hash of names, types, shapes and values of all samples in order, however they are spread over files."""
         digest = hashlib.sha256(repr(self.synthetic).encode())

@@ -2,7 +2,7 @@
 
 `00-input.onnx` and `03-lower_precision.onnx` stand beside their canonical texts. The data file of a stage holds the
 weights that no earlier stage has, and a stage names the files of the stages before it by location. Beside them lie
-the ranges that passes were given, and, of a whole policy, the samples that the stages can be run on.
+the ranges and rows that passes were given, and, of a whole policy, the samples that the stages can be run on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ INPUT = "input"
 """What the stage before the first pass is called."""
 
 RANGES = "ranges.json"
+ROWS = "ranges.rows"
 SAMPLES = "samples.npz"
 
 _FILE = re.compile(r"(?P<number>\d{2,})-(?P<name>\w+)\.(onnx|onnx\.data|txt)\Z")
@@ -151,7 +152,7 @@ class StageFolder:
             }
             own = {path.stem for path in named if path.suffix == ".onnx" and _is_stage(path)}
             stale = [path for path, number in named.items() if number >= first]
-            beside = [path for name in (RANGES, SAMPLES) if (path := folder / name).exists()]
+            beside = [path for name in (RANGES, ROWS, SAMPLES) if (path := folder / name).exists()]
             self._refuse([*stale, *beside], own, {path.resolve() for path in reads})
             for path in [*stale, *(beside if first == 0 else ())]:
                 path.unlink()

@@ -1,15 +1,15 @@
-"""Ranges of tensors: what calibration measures and what passes decide by."""
+"""Ranges and typical rows of tensors: what calibration measures and what passes decide by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
-from pi05c.graph.weights import weight_of
+from pi05c.graph.weights import Weight, weight_of
 
 RANGE_PRESERVING = frozenset(
     {"Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "Slice"}
@@ -22,6 +22,19 @@ UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Sin", "Cos", "Erf"})
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What passes ask calibration for, by tensor name.
+
+    Attributes:
+        tensors: whose range is measured.
+        rows: how many rows, vectors along the last axis, are sampled at most.
+    """
+
+    tensors: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Ranges:
     """Smallest and largest value of each calibrated tensor over all samples, by tensor name.
 
@@ -29,12 +42,23 @@ class Ranges:
         low, high: by name, in the units of the tensor.
         source: one phrase that says which data the ranges come from.
         synthetic: whether that data was made up and not recorded.
+        rows: of tensors that were sampled, some vectors along the last axis, [any number, size of that axis].
     """
 
     low: Mapping[str, float]
     high: Mapping[str, float]
     source: str = ""
     synthetic: bool = False
+    rows: Mapping[str, Weight] = field(default_factory=dict)
+
+    def rows_of(self, tensor: gs.Tensor) -> Weight | None:
+        """The sampled rows of `tensor`, or of what it is a Cast of; None where there are none."""
+        while tensor.name not in self.rows:
+            node = producer(tensor)
+            if node is None or node.op not in ("Cast", "Identity"):
+                return None
+            tensor = node.inputs[0]
+        return self.rows[tensor.name]
 
     def amax(self, tensor: gs.Tensor) -> float | None:
         """The largest absolute value of `tensor`, None where neither it nor what bounds it was calibrated.

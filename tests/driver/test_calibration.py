@@ -595,3 +595,96 @@ def _resident_bytes() -> int:
     if not statm.exists():
         pytest.skip("the resident set is read from /proc")
     return int(statm.read_text().split()[1]) * 4096
+
+
+# Rows
+
+
+def rows_model(steps: int = 2) -> Model:
+    """x [2, 6, 24] -> MatMul -> y; the product of y and the weight is made in a Loop as well."""
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["state", "w"], ["product"]),
+            helper.make_node("Tanh", ["product"], ["next"]),
+            helper.make_node("Identity", ["condition"], ["go_on"]),
+        ],
+        "body",
+        [
+            value("i", [], TensorProto.INT64),
+            value("condition", [], TensorProto.BOOL),
+            value("state", [2, 6, WIDTH]),
+        ],
+        [value("go_on", [], TensorProto.BOOL), value("next", [2, 6, WIDTH])],
+    )
+    return model_of(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+            helper.make_node("Loop", ["steps", "", "y"], ["out"], body=body),
+        ],
+        [value("x", [2, 6, WIDTH])],
+        [value("out", [2, 6, WIDTH])],
+        {"w": random(7, WIDTH, WIDTH) / 5, "steps": np.array(steps)},
+    )
+
+
+def row_set(weight: Weight) -> set[bytes]:
+    return {row.tobytes() for row in weight.load()}
+
+
+def test_kept_rows_are_rows_of_the_tensor_as_many_as_asked_for() -> None:
+    arrays = [random(seed, 2, 6, WIDTH) for seed in range(4)]
+    asked = {"x": 7, "y": 1000}
+    ranges = measure_ranges(rows_model(), ["x", "y"], samples_of(*arrays), rows=asked)
+    assert {name: weight.shape for name, weight in ranges.rows.items()} == {"x": (7, WIDTH), "y": (48, WIDTH)}
+    every = np.concatenate([array.reshape(-1, WIDTH) for array in arrays])
+    assert row_set(ranges.rows["x"]) <= {row.tobytes() for row in every.astype(ml_dtypes.bfloat16)}
+    kept = ranges.rows["y"].load().astype(np.float32)
+    np.testing.assert_allclose(kept, every @ (random(7, WIDTH, WIDTH) / 5), rtol=2**-8, atol=1e-6)
+    plain = measure_ranges(rows_model(), ["x", "y"], samples_of(*arrays))
+    assert (plain.low, plain.high) == (ranges.low, ranges.high)
+    assert plain.rows == {}
+
+
+def test_rows_come_from_all_samples_whatever_their_order() -> None:
+    arrays = [seed + 0.01 * random(seed, 2, 6, WIDTH) for seed in range(4)]
+    first = measure_ranges(rows_model(), ["x"], samples_of(*arrays), rows={"x": 24})
+    again = measure_ranges(rows_model(), ["x"], samples_of(*arrays[::-1]), rows={"x": 24})
+    assert row_set(first.rows["x"]) == row_set(again.rows["x"])
+    means = {round(float(row.astype(np.float32).mean())) for row in first.rows["x"].load()}
+    assert means == {0, 1, 2, 3}
+
+
+def test_no_rows_are_taken_of_tensors_inside_bodies_or_of_unknown_shape() -> None:
+    ranges = measure_ranges(
+        rows_model(), ["next"], samples_of(random(0, 2, 6, WIDTH)), rows={"next": 5, "y": 5, "missing": 5}
+    )
+    assert set(ranges.rows) == {"y"}
+    open_model = model_of(
+        [helper.make_node("Relu", ["x"], ["y"])], [value("x", ["n", WIDTH])], [value("y", ["n", WIDTH])]
+    )
+    assert measure_ranges(open_model, ["y"], samples_of(random(0, 3, WIDTH)), rows={"y": 2}).rows == {}
+
+
+def test_rows_are_kept_with_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, asked = samples_of(random(0, 2, 6, WIDTH)), {"x": 5, "y": 3}
+    first = cached_ranges(rows_model(), ["x"], samples, tmp_path, rows=asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "_measure", None)
+        again = cached_ranges(rows_model(), ["x"], samples, tmp_path, rows=asked)
+    for name, weight in first.rows.items():
+        assert isinstance(again.rows[name], Stored)
+        assert (again.rows[name].load() == weight.load()).all()
+    assert set(cached_ranges(rows_model(), ["x"], samples, tmp_path, rows={"x": 4}).rows) == {"x"}
+    for path in (tmp_path / "ranges").glob("*.rows"):
+        path.write_bytes(path.read_bytes()[:-1])
+    renewed = cached_ranges(rows_model(), ["x"], samples, tmp_path, rows=asked)
+    assert row_set(renewed.rows["y"]) == row_set(first.rows["y"])
+
+
+def test_rows_are_saved_and_loaded_with_ranges(tmp_path: Path) -> None:
+    model = rows_model()
+    ranges = measure_ranges(model, ["x"], samples_of(random(0, 2, 6, WIDTH)), rows={"x": 5})
+    save_ranges(tmp_path / "ranges.json", ranges)
+    loaded = load_ranges(tmp_path / "ranges.json", model)
+    assert (loaded.rows["x"].load() == ranges.rows["x"].load()).all()
+    assert (loaded.low, loaded.high) == (ranges.low, ranges.high)

@@ -34,6 +34,7 @@ class GoldenCase:
         build: makes the graph.
         options: of the pass, as text.
         ranges: measured ranges by tensor name, and the range that the inputs are drawn from; None for no calibration.
+        rows: sampled rows by tensor name.
         limit: relative L2 error of the outputs that the case allows.
         why: where the error comes from.
     """
@@ -44,6 +45,7 @@ class GoldenCase:
     build: Callable[[], onnx.ModelProto]
     options: Mapping[str, str] = field(default_factory=dict)
     ranges: Mapping[str, Range] | None = None
+    rows: Mapping[str, Array] = field(default_factory=dict)
     limit: float = EXACT
     why: str = "float32 rounding"
 
@@ -59,6 +61,8 @@ class GoldenCase:
             "limit": self.limit,
             "why": self.why,
         }
+        if self.rows:
+            entry["rows"] = {name: values.tolist() for name, values in self.rows.items()}
         model.metadata_props.add(key=METADATA_KEY, value=json.dumps(entry, sort_keys=True))
         return model
 
@@ -74,6 +78,7 @@ def case(
     *,
     options: Mapping[str, str] | None = None,
     ranges: Mapping[str, Range] | None = None,
+    rows: Mapping[str, Array] | None = None,
     limit: float = EXACT,
     why: str = "float32 rounding",
 ) -> Callable[[Build], Build]:
@@ -82,7 +87,9 @@ def case(
     def register(build: Build) -> Build:
         prefix, name = build.__name__.split("__")
         assert prefix == graph_pass
-        CASES.append(GoldenCase(graph_pass, name, shows, build, options or {}, ranges, limit, why))
+        CASES.append(
+            GoldenCase(graph_pass, name, shows, build, options or {}, ranges, rows or {}, limit, why)
+        )
         return build
 
     return register
@@ -631,6 +638,25 @@ def quantize_linears__nvfp4() -> onnx.ModelProto:
           y = MatMul(gate, mlp_down)
         }""",
         {"mlp_gate": normal(1, 32, 32, dtype=np.float16), "mlp_down": normal(2, 32, 16, dtype=np.float16)},
+    )
+
+
+@case(
+    "quantize_linears",
+    "Rows of the activation were sampled: the codes of the weight make up for one another's rounding errors on them.",
+    options={"rounding": "compensated"},
+    ranges={"x": (-3.5, 3.5)},
+    rows={"x": np.round(normal(3, 8, 32, scale=1.0), 2)},
+    limit=0.05,
+    why=FP8_ROUNDING,
+)
+def quantize_linears__sampled_rows() -> onnx.ModelProto:
+    return graph_text(
+        """
+        linear (float16[4,32] x) => (float16[4,16] y) {
+          y = MatMul(x, w)
+        }""",
+        {"w": normal(1, 32, 16, dtype=np.float16)},
     )
 
 

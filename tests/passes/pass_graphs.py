@@ -94,7 +94,7 @@ def run_passes(
     model: Model, text: str, samples: Sequence[Mapping[str, Array]] | None = None
 ) -> list[StepResult]:
     """Run a pipeline; its ranges are those of `samples`, measured on the graph as it then stands."""
-    calibrate = None if samples is None else lambda model, names: measured(model, names, samples)
+    calibrate = None if samples is None else lambda model, wanted: measured(model, wanted.tensors, samples)
     return run(model, parse(text, PRESETS), calibrate=calibrate)
 
 

@@ -15,8 +15,14 @@ from pi05c.graph.io import load, save
 from pi05c.passes import PRESETS, pipeline
 from pi05c.samples import Samples
 
-LIMITS = {"default": 0.038, "nvfp4": 0.08, "fp16": 0.002, "exact": 1e-5}
-"""Relative L2 error of the actions. A naive FP8 recipe measures 0.030 to 0.034 on this model."""
+FIRST_LAYER_KEPT = (
+    "default,quantize_linears{keep=*vision*layers.0.*,*multi_modal_projector*,rounding=compensated}"
+)
+"""FP8 but for the first layer of the vision tower and the projector, whose errors go through all that follows."""
+
+LIMITS = {"default": 0.038, FIRST_LAYER_KEPT: 0.028, "nvfp4": 0.08, "fp16": 0.002, "exact": 1e-5}
+"""Relative L2 error of the actions. A naive FP8 recipe measures 0.025 to 0.052 on this model, by the grid of weight
+scales."""
 
 CASES = {"three_views": 1, "one_view_masked": 1, "batch_ragged": 2}
 """The cases and their batch sizes."""
@@ -52,7 +58,9 @@ def test_error_on_every_case(
         pipeline.run(
             model,
             pipeline.parse(preset, PRESETS),
-            calibrate=lambda current, names, samples=samples: measure_ranges(current, names, samples),  # type: ignore[misc]
+            calibrate=lambda current, wanted, samples=samples: measure_ranges(  # type: ignore[misc]
+                current, wanted.tensors, samples, rows=wanted.rows
+            ),
         )
         save(model, tmp_path / f"{case}.onnx")
         inputs = dict(np.load(reference_dir / f"{case}.inputs.npz"))

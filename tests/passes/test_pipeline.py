@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,7 +12,7 @@ from pass_graphs import editable, graph_text, normal, ranges_of, text_of
 
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
-from pi05c.graph.ranges import Ranges
+from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.passes import BY_REQUEST, PRESETS, REGISTRY
 from pi05c.passes.contract import Pass, PassContext, graph_pass
 from pi05c.passes.pipeline import Step, StepResult, named, parse, run
@@ -157,8 +157,8 @@ def test_ranges_are_measured_once_for_all_that_ask() -> None:
     asked: list[list[str]] = []
     seen: list[str] = []
 
-    def calibrate(model: Model, names: Sequence[str]) -> Ranges:
-        asked.append(list(names))
+    def calibrate(model: Model, wanted: Wanted) -> Ranges:
+        asked.append(list(wanted.tensors))
         seen.append(text_of(model))
         return KNOWN
 
@@ -175,7 +175,7 @@ def test_ranges_are_measured_once_for_all_that_ask() -> None:
 
 
 def test_nothing_is_measured_where_nobody_asks() -> None:
-    def calibrate(model: Model, names: Sequence[str]) -> Ranges:
+    def calibrate(model: Model, wanted: Wanted) -> Ranges:
         raise AssertionError
 
     run(_linears(), parse("exact,pin_fp32", PRESETS), calibrate=calibrate)

@@ -1,0 +1,103 @@
+"""What quantize_linears rounds weights on: the rows of all linears that read a weight, as calibration keeps them."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from pass_graphs import editable, graph_text, normal, run_pass
+
+from pi05c.graph.compensation import Compensated
+from pi05c.graph.io import Model
+from pi05c.graph.ranges import Ranges, Wanted
+from pi05c.graph.weights import InMemory, Quantized, Weight, weight_of
+from pi05c.passes import PRESETS
+from pi05c.passes.pipeline import parse, run
+from pi05c.passes.quantize_linears import ROWS
+
+TWO_STEPS = """
+    steps (float[4,32] x) => (float[4,32] y, float[4,16] z) {
+      first = MatMul(x, w)
+      act = Relu(first)
+      y = MatMul(act, w)
+      z = MatMul(act, other)
+    }"""
+
+
+def two_steps() -> Model:
+    weights = {"w": normal(1, 32, 32), "other": normal(2, 32, 16)}
+    return editable(graph_text(TWO_STEPS, weights))
+
+
+def known(**rows: Weight) -> Ranges:
+    return Ranges({"x": -3, "act": 0, "first": -9}, {"x": 3, "act": 9, "first": 9}, "tests", rows=rows)
+
+
+def drawn(seed: int, count: int) -> InMemory:
+    return InMemory(normal(seed, count, 32, scale=1.0).astype(ml_dtypes.bfloat16))
+
+
+def codes_of(model: Model) -> dict[str, Weight]:
+    nodes = [node for node in model.graph.nodes if node.op == "DequantizeLinear"]
+    weights = {node.inputs[0].name: node.inputs[0] for node in nodes if node.inputs[0].name.endswith("w.fp8")}
+    weights |= {node.inputs[0].name: node.inputs[0] for node in nodes if "other" in node.inputs[0].name}
+    return {name: weight_of(constant) for name, constant in weights.items()}
+
+
+@pytest.mark.parametrize("rounding", ["compensated", "nearest"])
+def test_rows_are_asked_for_of_every_linear_that_reads_a_weight(rounding: str) -> None:
+    asked: list[Wanted] = []
+
+    def calibrate(model: Model, wanted: Wanted) -> Ranges:
+        asked.append(wanted)
+        return known(x=drawn(3, 8), act=drawn(4, 8))
+
+    steps = parse(f"lower_precision,quantize_linears{{rounding={rounding}}}", PRESETS)
+    run(two_steps(), steps, calibrate=calibrate)
+    expected = {"x": ROWS // 2, "act": ROWS} if rounding == "compensated" else {}
+    assert asked[0].rows == expected
+
+
+def test_a_shared_weight_is_rounded_on_the_rows_of_all_its_linears() -> None:
+    model, rows = two_steps(), {"x": drawn(3, 8), "act": drawn(4, 8)}
+    result = run_pass(model, "quantize_linears", known(**rows), rounding="compensated")
+    shared, other = codes_of(model)["w.fp8"], codes_of(model)["other.fp8"]
+    assert isinstance(shared, Compensated)
+    assert isinstance(other, Compensated)
+    assert {id(each) for each in shared.rows} == {id(each) for each in rows.values()}
+    assert [id(each) for each in other.rows] == [id(rows["act"])]
+    assert result.notes == ()
+
+
+def test_rows_are_found_behind_casts_to_the_working_precision() -> None:
+    model = two_steps()
+    steps = parse("lower_precision,quantize_linears{rounding=compensated}", PRESETS)
+    run(model, steps, calibrate=lambda _, wanted: known(x=drawn(3, 8), act=drawn(4, 8)))
+    assert len(codes_of(model)["w.fp8"].rows) == 2  # type: ignore[attr-defined]
+
+
+def test_weights_without_rows_are_rounded_to_the_nearest_and_that_is_said() -> None:
+    model = two_steps()
+    result = run_pass(model, "quantize_linears", known(x=drawn(3, 8)), rounding="compensated")
+    assert isinstance(codes_of(model)["w.fp8"], Compensated)
+    assert isinstance(codes_of(model)["other.fp8"], Quantized)
+    assert result.notes == ("no rows were sampled for 1 of 2 weights, which are rounded to the nearest",)
+    model = two_steps()
+    result = run_pass(model, "quantize_linears", known(x=drawn(3, 8)))
+    assert {type(weight) for weight in codes_of(model).values()} == {Quantized}
+    assert result.notes == ()
+
+
+def test_products_of_sampled_rows_come_closer() -> None:
+    rows = drawn(3, 64)
+    weight = normal(1, 32, 32)
+    found = {}
+    for rounding in ("compensated", "nearest"):
+        model = two_steps()
+        run_pass(model, "quantize_linears", known(x=rows, act=rows), rounding=rounding)
+        codes = codes_of(model)["w.fp8"]
+        scale = np.float32(codes.scale.reshape(()))  # type: ignore[attr-defined]
+        found[rounding] = np.linalg.norm(
+            rows.load().astype(np.float32) @ (weight - codes.load().astype(np.float32) * scale)
+        )
+    assert found["compensated"] < 0.9 * found["nearest"]
