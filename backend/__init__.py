@@ -6,6 +6,8 @@
 - `tensorrt_engine`: a plan on the GPU, by the runtime of either flavour; `cuda`: memory, stream and graphs.
 - `onnxruntime`: reference and simulated runs on the CPU, through `lowering`, which spells out what
   onnxruntime lacks or computes in a wider format than the graph says.
+- `torch_graph`: a rewritten graph as a torch module, by the table of `torch_operators`; `torch_fusion` finds what
+  `torch_kernels` and, on a GPU, `triton_kernels` compute in one launch.
 - `signature`: names, types and shapes of inputs and outputs, and the one check of what is fed to them.
 - `gpu`: which CUDA devices this machine has.
 """

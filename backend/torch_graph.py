@@ -1,0 +1,226 @@
+"""A rewritten graph as a torch module: nodes by the table of operators, weights as buffers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor, nn
+
+from pi05c.backend import torch_fusion, torch_kernels
+from pi05c.backend.torch_operators import CONSTANT_ARGUMENTS, OPERATORS, Call, Entry, to_torch
+from pi05c.graph.domains import STANDARD_DOMAINS
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.io import load
+from pi05c.graph.runner import Array
+from pi05c.graph.weights import array_of
+
+
+class TorchGraph(nn.Module):
+    """A graph without subgraphs. `forward` takes its inputs in order and gives its outputs in order.
+
+    Attributes:
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        fused: how often each pattern of `torch_fusion` was found.
+    """
+
+    def __init__(self, graph: gs.Graph, device: str = "cpu", fuse: bool = True) -> None:
+        """Translate `graph`, which is consumed.
+
+        Args:
+            device: where the weights are to be.
+            fuse: look for patterns that one kernel computes.
+
+        Raises:
+            Pi05cError: an operator is not in the table; it is named, with how many nodes it has.
+        """
+        super().__init__()
+        refuse_unknown(graph)
+        self.inputs = [tensor.name for tensor in graph.inputs]
+        self.outputs = [tensor.name for tensor in graph.outputs]
+        self.fused = torch_fusion.fuse(graph) if fuse else {}
+        self._device = device
+        self._known: dict[Any, str] = {}
+        self._calls = [self._call(node) for node in graph.nodes]
+        self._results = [self._place(tensor) for tensor in graph.outputs]
+        self._known.clear()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in order."""
+        values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
+        for function, arguments, results in self._calls:
+            given = function(
+                *(
+                    None if name is None else values[name] if name in values else self.get_buffer(name)
+                    for name in arguments
+                )
+            )
+            made = given if isinstance(given, (tuple, list)) else (given,)
+            values.update(zip(results, made, strict=True))
+        return tuple(values[name] if name in values else self.get_buffer(name) for name in self._results)
+
+    def _call(self, node: gs.Node) -> tuple[Callable[..., Any], list[str | None], list[str]]:
+        """A node as a function, the names of what it takes, and of what it gives."""
+        results = [tensor.name for tensor in node.outputs]
+        if node.domain == torch_fusion.DOMAIN:
+            return (*_FUSED[node.op](self, node), results)
+        entry: Entry = OPERATORS[node.op]
+        call = Call(node)
+        fixed = CONSTANT_ARGUMENTS.get(node.op, ())
+        arguments = [
+            None if index in fixed or not tensor.name else self._place(tensor)
+            for index, tensor in enumerate(node.inputs)
+        ]
+        while arguments and arguments[-1] is None and len(arguments) > 1:
+            arguments.pop()
+        return (lambda *values: entry(call, *values)), arguments, results
+
+    def _place(self, tensor: gs.Tensor) -> str:
+        """The name of a value in `forward`: that of a constant is that of its buffer."""
+        if not isinstance(tensor, gs.Constant):
+            return str(tensor.name)
+        return self.buffer(id(tensor), lambda: to_torch(array_of(tensor)).to(self._device), keep=tensor)
+
+    def constant(self, values: Array) -> str:
+        """A buffer that holds a few numbers, one for all nodes that hold the same."""
+        key = (values.dtype.name, values.shape, values.tobytes())
+        return self.buffer(key, lambda: to_torch(values).to(self._device))
+
+    def matrix(self, tensor: gs.Constant) -> str:
+        """A buffer that holds a [K, N] weight as [N, K]."""
+        return self.buffer(
+            ("transposed", id(tensor)),
+            lambda: to_torch(array_of(tensor)).to(self._device).t().contiguous(),
+            keep=tensor,
+        )
+
+    def buffer(self, key: Any, make: Callable[[], Tensor], keep: Any = None) -> str:
+        """The name of the buffer of a key; made at the first time. `keep` holds what the key is the identity of."""
+        if key not in self._known:
+            name = f"constant_{len(self._known)}"
+            self.register_buffer(name, make())
+            self._known[key] = name
+            if keep is not None:
+                self._known[("kept", id(keep))] = self._known.get(("kept", id(keep)), name)
+        return self._known[key]
+
+
+def _fused(
+    function: Callable[..., Tensor], constants: Callable[[TorchGraph, gs.Node], dict[str, Any]]
+) -> Callable[[TorchGraph, gs.Node], tuple[Callable[..., Any], list[str | None]]]:
+    """A fused node as a call by keyword: tensors by the node's own names, the rest from `constants`."""
+    parameters = list(inspect.signature(function).parameters)
+
+    def make(graph: TorchGraph, node: gs.Node) -> tuple[Callable[..., Any], list[str | None]]:
+        given = constants(graph, node)
+        tensors = {
+            name: graph.matrix(tensor) if name == "weight" else graph._place(tensor)
+            for name, tensor in zip(node.attrs["names"], node.inputs, strict=True)
+        }
+        tensors |= {name: value for name, value in given.items() if isinstance(value, _Buffer)}
+        plain = {name: value for name, value in given.items() if not isinstance(value, _Buffer)}
+        names = [name for name in parameters if name in tensors]
+
+        def call(*values: Tensor) -> Tensor:
+            return function(**dict(zip(names, values, strict=True)), **plain)
+
+        return call, [str(tensors[name]) for name in names]
+
+    return make
+
+
+class _Buffer(str):
+    """The name of a buffer, among plain values."""
+
+
+def _row_linear(graph: TorchGraph, node: gs.Node) -> dict[str, Any]:
+    columns = node.inputs[node.attrs["names"].index("weight")].shape[1]
+    scales = np.ascontiguousarray(np.broadcast_to(node.attrs["weight_scale"], columns).astype(np.float32))
+    scale = node.attrs["scale"]
+    quantized = {} if scale is None else {"scale": _Buffer(graph.constant(np.array([scale], np.float32)))}
+    epsilon = node.attrs["epsilon"]
+    return {
+        "weight_scale": _Buffer(graph.constant(scales)),
+        **quantized,
+        "epsilon": 0.0 if epsilon is None else epsilon,
+        "gated": node.attrs["gated"],
+    }
+
+
+def _row_attention(graph: TorchGraph, node: gs.Node) -> dict[str, Any]:
+    scales = node.attrs["scales"]
+    return {
+        "scales": None if scales is None else _Buffer(graph.constant(np.array(scales, np.float32))),
+        "starts": node.attrs["starts"],
+        "heads": node.attrs["heads"],
+    }
+
+
+def _scaled_matmul(graph: TorchGraph, node: gs.Node) -> dict[str, Any]:
+    return {
+        name: _Buffer(graph.constant(np.array(node.attrs[name], np.float32)))
+        for name in ("scale", "weight_scale")
+    }
+
+
+_FUSED = {
+    torch_fusion.ROW_LINEAR: _fused(torch_kernels.row_linear, _row_linear),
+    torch_fusion.ROW_ATTENTION: _fused(torch_kernels.row_attention, _row_attention),
+    torch_fusion.SCALED_MATMUL: _fused(torch_kernels.scaled_matmul, _scaled_matmul),
+    torch_fusion.ATTENTION: _fused(torch_kernels.attention, lambda graph, node: {}),
+}
+
+
+def refuse_unknown(graph: gs.Graph) -> None:
+    """Refuse a graph with operators outside the table.
+
+    Raises:
+        Pi05cError: names each, with the number of its nodes.
+    """
+    unknown: dict[str, int] = {}
+    for node in graph.nodes:
+        standard = (node.domain or "") in STANDARD_DOMAINS
+        if not standard or node.op not in OPERATORS:
+            name = node.op if standard else f"{node.domain}::{node.op}"
+            unknown[name] = unknown.get(name, 0) + 1
+    if unknown:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(unknown.items()))
+        loop = "; the pass fuse_denoise_loop unrolls a Loop" if "Loop" in unknown else ""
+        raise Pi05cError(
+            f"the torch backend does not translate {listed}: compile with other passes, or for TensorRT{loop}"
+        )
+
+
+def translate(path: Path, device: str = "cpu", fuse: bool = True) -> TorchGraph:
+    """The graph at `path` as a module.
+
+    Raises:
+        Pi05cError: it cannot be read, or holds an operator outside the table.
+    """
+    return TorchGraph(load(path).graph, device, fuse).eval()
+
+
+class TorchRunner:
+    """A translated graph run as it is, on numpy arrays; implements `pi05c.graph.runner.Runner`."""
+
+    def __init__(self, path: Path, device: str = "cpu", fuse: bool = True) -> None:
+        self.module = translate(path, device, fuse)
+        self._device = device
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; see `Runner`."""
+        tensors = [to_torch(inputs[name]).to(self._device) for name in self.module.inputs]
+        return {
+            name: value.cpu().numpy()
+            for name, value in zip(self.module.outputs, self.module(*tensors), strict=True)
+        }
+
+
+__all__ = ["TorchGraph", "TorchRunner", "refuse_unknown", "translate"]
