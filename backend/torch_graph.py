@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
+
+
+_Call = tuple[Callable[..., Any], list[str | None], list[str]]
+"""A function, the names of what it takes, and of what it gives."""
 
 
 class TorchGraph(nn.Module):
@@ -53,19 +57,27 @@ class TorchGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in order."""
-        values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
-        for function, arguments, results in self._calls:
-            given = function(
-                *(
-                    None if name is None else values[name] if name in values else self.get_buffer(name)
-                    for name in arguments
-                )
-            )
-            made = given if isinstance(given, (tuple, list)) else (given,)
-            values.update(zip(results, made, strict=True))
-        return tuple(values[name] if name in values else self.get_buffer(name) for name in self._results)
+        return _run(self, self._calls, self.inputs, self._results, inputs)
 
-    def _call(self, node: gs.Node) -> tuple[Callable[..., Any], list[str | None], list[str]]:
+    def halves(self, name: str) -> tuple[Part, Part]:
+        """What does not depend on the input `name`, and what does; the first gives what the second reads of it."""
+        late = {name}
+        calls: tuple[list[_Call], list[_Call]] = ([], [])
+        for call in self._calls:
+            depends = not late.isdisjoint(call[1])
+            calls[depends].append(call)
+            if depends:
+                late.update(call[2])
+        early = {result for call in calls[False] for result in call[2]}
+        read = {value for call in calls[True] for value in call[1] if value is not None} | {*self._results}
+        border = sorted(early & read)
+        inputs = [value for value in self.inputs if value in read or value == name]
+        return (
+            Part(self, calls[False], [value for value in self.inputs if value != name], border),
+            Part(self, calls[True], [*inputs, *border], self._results),
+        )
+
+    def _call(self, node: gs.Node) -> _Call:
         """A node as a function, the names of what it takes, and of what it gives."""
         results = [tensor.name for tensor in node.outputs]
         if node.domain == torch_fusion.DOMAIN:
@@ -109,6 +121,44 @@ class TorchGraph(nn.Module):
             if keep is not None:
                 self._known[("kept", id(keep))] = self._known.get(("kept", id(keep)), name)
         return self._known[key]
+
+
+class Part(nn.Module):
+    """Some nodes of a translated graph. `forward` takes `inputs` in order and gives `outputs` in order."""
+
+    def __init__(
+        self, whole: TorchGraph, calls: Sequence[_Call], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self._calls = calls
+        for name in {*outputs, *(value for call in calls for value in call[1] if value is not None)}:
+            if name in whole._buffers:
+                self.register_buffer(name, whole.get_buffer(name))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in order."""
+        return _run(self, self._calls, self.inputs, self.outputs, inputs)
+
+
+def _run(
+    module: nn.Module,
+    calls: Sequence[_Call],
+    names: Sequence[str],
+    results: Sequence[str],
+    inputs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Call in order, on inputs by name and buffers of the module."""
+    values: dict[str, Any] = dict(zip(names, inputs, strict=True))
+    for function, arguments, made in calls:
+        given = function(
+            *(
+                None if name is None else values[name] if name in values else module.get_buffer(name)
+                for name in arguments
+            )
+        )
+        values.update(zip(made, given if isinstance(given, (tuple, list)) else (given,), strict=True))
+    return tuple(values[name] if name in values else module.get_buffer(name) for name in results)
 
 
 def _fused(
@@ -223,4 +273,4 @@ class TorchRunner:
         }
 
 
-__all__ = ["TorchGraph", "TorchRunner", "refuse_unknown", "translate"]
+__all__ = ["Part", "TorchGraph", "TorchRunner", "refuse_unknown", "translate"]

@@ -570,7 +570,9 @@ class Pi05(nn.Module):
         horizon = self.config.horizon
         positions = counts.sum(1, keepdim=True) + self.action_offsets
         cos, sin = _rotary(positions, self.rope_frequencies)
-        visible = torch.cat([valid, torch.ones((batch, horizon), dtype=torch.bool)], dim=1)
+        visible = torch.cat(
+            [valid, torch.ones((batch, horizon), dtype=torch.bool, device=valid.device)], dim=1
+        )
         return cache, Suffix(cos, sin, _additive(visible[:, None, None, :]))
 
     def denoise(self, noise: Tensor, cache: Cache, suffix: Suffix) -> Tensor:

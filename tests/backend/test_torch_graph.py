@@ -129,6 +129,13 @@ def test_a_pipeline_gives_what_the_simulation_gives(passes: str, tiny_model: Pat
     assert compare(simulated, results).worst.relative_l2 <= LIMITS[passes]
     error = compare(reference, simulated).worst.relative_l2
     assert compare(reference, results).worst.relative_l2 <= 2 * error + 1e-6
+    tensors = {name: torch.from_numpy(samples[0][name]) for name in fused.module.inputs}
+    prefix, steps = fused.module.halves("noise")
+    assert "noise" not in prefix.inputs
+    assert "images" not in steps.inputs
+    tensors |= dict(zip(prefix.outputs, prefix(*(tensors[name] for name in prefix.inputs)), strict=True))
+    (actions,) = steps(*(tensors[name] for name in steps.inputs))
+    np.testing.assert_array_equal(actions.numpy(), results[0]["actions"])
     if passes != "exact":
         assert fused.module.fused["RowAttention"] == 30
         assert fused.module.fused["RowLinear"] >= 120
