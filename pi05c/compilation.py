@@ -38,7 +38,7 @@ from pi05c.folder import (
     scratch,
 )
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError, VerificationError
-from pi05c.graph.io import load, save
+from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
 from pi05c.handover import narrow_borders
 from pi05c.inspection import data_files, source_of, tensor_records, with_fixed
@@ -60,7 +60,8 @@ from pi05c.passrun import RunOptions, RunSamples, plan, samples_for
 from pi05c.precision import default_limit, dtypes_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
-from pi05c.rewriting import Piece, rewrite
+from pi05c.reproducer import Request, keep_failure
+from pi05c.rewriting import PassFailedError, Piece, rewrite
 from pi05c.samples import Samples, save_samples
 from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of, run_plain
 
@@ -123,6 +124,8 @@ def compile(
     Raises:
         Pi05cError: the model, the samples or the request cannot be used; nothing was written.
         VerificationError: the error is beyond the limit; the result is kept as OUTPUT.rejected.
+        Pi05cError, VerificationError: a pass failed, or `options` has its result checked and the check failed; the graph
+            before it and the way to repeat it are kept as OUTPUT.failed-pass.
         BuildError: the builder failed; the graph and the way to repeat it are kept as OUTPUT.failed.
     """
     progress, options = progress or Progress(), options or RunOptions()
@@ -171,19 +174,23 @@ def compile(
             pieces = pieces_of(parts, by_part, measured, run.measured, work.folder)
             reference = run.held_back
         device = device_of(builder.targets[0]) if builder.targets else None
-        rewritten = [
-            rewrite(
-                piece,
-                progress,
-                options,
-                targets=builder.targets,
-                cache=cache,
-                scratch=work.folder,
-                reads={path, *(() if samples is None else samples.files)},
-                device=device,
-            )
-            for piece in pieces
-        ]
+        rewritten = []
+        for piece in pieces:
+            try:
+                result = rewrite(
+                    piece,
+                    progress,
+                    options,
+                    targets=builder.targets,
+                    cache=cache,
+                    scratch=work.folder,
+                    reads={path, *(() if samples is None else samples.files)},
+                    device=device,
+                )
+            except PassFailedError as failure:
+                request = Request(path, options, calibration, target)
+                raise _kept_failure(output, failure, piece, request, grouping) from failure.cause
+            rewritten.append(result)
         narrow_borders([piece.model for piece in pieces], {record.name for record in outputs})
         for piece in pieces:
             refuse_unsupported(builder.targets, dtypes_of(piece.model.graph))
@@ -211,7 +218,7 @@ def compile(
             progress.warn("there are no samples, so nothing was verified: give --calibration FILE.npz")
         manifest = Manifest(
             format=FORMAT,
-            versions={name: _version(name) for name in _RECORDED_VERSIONS},
+            versions=_versions(),
             source=source,
             pipeline=rewritten[0].pipeline if parts is None else _asked(passes or "default", pieces),
             inputs=with_fixed(inputs, fixed),
@@ -421,6 +428,25 @@ def _keep(work: Scratch, place: Path, manifest: Manifest, reason: str) -> str:
     return f"is kept as {place}"
 
 
+def _kept_failure(
+    output: Path, failure: PassFailedError, piece: Piece, request: Request, grouping: Grouping | None
+) -> Pi05cError:
+    """The error of a pass that failed, which names what was kept of it."""
+
+    def fresh() -> Model:
+        if grouping is None:
+            return piece.plan.load(request.model)
+        return next(part.model for part in cut(request.model, grouping) if part.name == piece.place)
+
+    try:
+        script = keep_failure(output, failure, piece, request, fresh, _versions())
+        kept = f"{script} repeats it on the graph before that pass"
+    except Exception as error:
+        kept = f"the graph before that pass is not kept ({error})"
+    kind = VerificationError if isinstance(failure.cause, VerificationError) else Pi05cError
+    return kind(f"{failure.told}; {kept}")
+
+
 def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:
     write_report(work.folder, manifest)
     manifest = manifest.model_copy(update={"files": file_records(work.folder)})
@@ -453,6 +479,10 @@ def _with_ranges(records: list[TensorRecord], samples: Sequence[dict[str, Array]
         record.model_copy(update={"low": low.get(record.name), "high": high.get(record.name)})
         for record in records
     ]
+
+
+def _versions() -> dict[str, str]:
+    return {name: _version(name) for name in _RECORDED_VERSIONS}
 
 
 def _version(package: str) -> str:

@@ -89,6 +89,12 @@ def failed(output: Path) -> Path:
     return place.with_name(f"{place.name}.failed")
 
 
+def failed_pass(output: Path) -> Path:
+    """Where the graph that a pass failed on is kept, with the command that fails again."""
+    place = output.resolve()
+    return place.with_name(f"{place.name}.failed-pass")
+
+
 class Scratch:
     """A folder next to `output` that is to take its place.
 
@@ -280,6 +286,7 @@ __all__ = [
     "Scratch",
     "check_output",
     "failed",
+    "failed_pass",
     "inside",
     "rejected",
     "scratch",

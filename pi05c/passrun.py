@@ -236,7 +236,10 @@ class Calibrator:
     ) -> None:
         self._title = title
         self.recorded: MeasuredRanges | None = None
-        if plan.start is not None and any(step.spec.ranges for step in plan.steps[: plan.done]):
+        # The ranges beside a stage were measured before the first pass that asks. Where that is the next one, they are
+        # those of this graph, and samples that are given come first.
+        known = plan.done if samples is not None else plan.done + 1
+        if plan.start is not None and any(step.spec.ranges for step in plan.steps[:known]):
             self.recorded = recorded_ranges(plan.start.parent)
         self._samples, self._progress, self._cache, self._scratch = samples, progress, cache, scratch
         self.ranges: MeasuredRanges | None = None

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pi05c.backend.devices import Device
 from pi05c.backend.targets import Target
+from pi05c.calibration import MeasuredRanges
 from pi05c.comparison import Comparison
 from pi05c.cost import cost_records
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, VerificationError
 from pi05c.graph.io import Model
 from pi05c.kernels import kernels_of
 from pi05c.manifest import CostRecord, PassRecord, PipelineRecord, SkipRecord
@@ -59,6 +60,23 @@ class Rewritten:
     calibrated: bool
 
 
+class PassFailedError(Exception):
+    """A pass broke down or left a graph that is not as it must be. The cause is its `__cause__`.
+
+    Attributes:
+        number: of the pass, from 1.
+        ranges: those that passes were given so far; None where none were.
+        cause: what was raised.
+    """
+
+    def __init__(self, number: int, name: str, ranges: MeasuredRanges | None, cause: Exception) -> None:
+        self.number, self.ranges, self.cause = number, ranges, cause
+        self.told = str(cause)
+        if not isinstance(cause, Pi05cError):
+            self.told = f"pass {name} broke down ({type(cause).__name__}: {cause})"
+        super().__init__(self.told)
+
+
 def rewrite(
     piece: Piece,
     progress: Progress,
@@ -81,7 +99,8 @@ def rewrite(
         device: the GPU that costs are for; None where it is not known.
 
     Raises:
-        Pi05cError: a pass needs ranges and there are none, or left a graph that is not valid.
+        Pi05cError: a pass needs ranges and there are none, or refuses what it was asked for.
+        PassFailedError: a pass broke down, or `options` has its result checked and the check failed.
     """
     if piece.place and options.dump is not None:
         options = replace(options, dump=options.dump / piece.place)
@@ -97,19 +116,26 @@ def rewrite(
 
     with progress.stage(piece.title("passes")) as update:
         costs.append(count(piece.model))
-        done = run(
-            piece.model,
-            piece.plan,
-            calibrator,
-            options,
-            update,
-            samples=piece.held_back,
-            targets=targets,
-            scratch=scratch,
-            reads=reads,
-            place=piece.place,
-            after_step=count_cost,
-        )
+        try:
+            done = run(
+                piece.model,
+                piece.plan,
+                calibrator,
+                options,
+                update,
+                samples=piece.held_back,
+                targets=targets,
+                scratch=scratch,
+                reads=reads,
+                place=piece.place,
+                after_step=count_cost,
+            )
+        except Exception as error:
+            number = piece.plan.done + len(costs)
+            if not _is_failure(error) or number > len(piece.plan.steps):
+                raise
+            name = piece.plan.steps[number - 1].spec.name
+            raise PassFailedError(number, name, calibrator.ranges, error) from error
     for step in piece.plan.ahead:
         if piece.samples is None and calibrator.ranges is None and step.spec.ranges is not None:
             progress.warn(
@@ -129,6 +155,13 @@ def rewrite(
         cost_device=None if device is None else device.product,
     )
     return Rewritten(record, calibrator.measured)
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether a pass is to blame, and not the request, the disk or the memory."""
+    if isinstance(error, (Pi05cError, OSError, MemoryError)):
+        return isinstance(error, (pipeline.InvalidGraphError, VerificationError))
+    return True
 
 
 def _cost(model: Model, runs: int, device: Device | None, progress: Progress) -> list[CostRecord]:

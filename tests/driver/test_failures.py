@@ -56,6 +56,9 @@ def test_a_graph_that_the_real_builder_refuses(tmp_path: Path, capsys: pytest.Ca
     assert str(kept / FAILED_BUILD / "reproduce.sh") in error
     assert content(output) == before
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "engine", "engine.failed"}
+    manifest = read_manifest(kept)
+    assert manifest.pipeline.resolved == "none"
+    assert {"pi05c", "onnx", "onnxruntime"} <= manifest.versions.keys()
 
     moved = kept.rename(tmp_path / "elsewhere")  # what was kept works wherever it is copied
     again = subprocess.run(
