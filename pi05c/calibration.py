@@ -26,7 +26,7 @@ import onnx
 from pi05c.backend.lowering import graphs_in, lower
 from pi05c.graph.dtypes import BFLOAT16, to_onnx
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, location_of, make_inline, to_proto
+from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.runner import Array
@@ -397,7 +397,7 @@ def _bind(
         kept = []
         for tensor in graph.initializer:
             weight = pending.get(location_of(tensor) or "")
-            if weight is None or _point_to_file(tensor, weight, base):
+            if weight is None or point_to_file(tensor, weight, base):
                 kept.append(tensor)
             elif tensor.name in declared and fed.get(tensor.name) is not weight:
                 make_inline(tensor, weight)  # bodies side by side may use one name for two weights
@@ -447,16 +447,6 @@ def _evaluate(weights: Mapping[int, Weight], path: Path) -> dict[int, Array]:
         key: np.memmap(path, weight.dtype, "r", offsets[key], weight.shape or (1,))
         for key, weight in weights.items()
     }
-
-
-def _point_to_file(tensor: onnx.TensorProto, weight: Weight, base: Path | None) -> bool:
-    if base is None or not isinstance(weight, Stored) or not weight.path.absolute().is_relative_to(base):
-        return False
-    del tensor.external_data[:]
-    location = weight.path.absolute().relative_to(base).as_posix()
-    for key, value in (("location", location), ("offset", weight.offset), ("length", weight.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    return True
 
 
 def _key(graph_hash: str, wanted: Sequence[str], rows: Mapping[str, int], samples: Samples) -> str:

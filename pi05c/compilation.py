@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from pi05c.backend.devices import device_of
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.tensorrt import trtexec_script
@@ -55,9 +57,10 @@ from pi05c.manifest import (
     file_records,
     write_manifest,
 )
+from pi05c.observation import Observation, ObservedRunner
 from pi05c.passes import pipeline
 from pi05c.passrun import RunOptions, RunSamples, plan, samples_for
-from pi05c.precision import default_limit, dtypes_of, precision_of, refuse_limit
+from pi05c.precision import default_limit, dtypes_of, operators_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
 from pi05c.reproducer import Request, keep_failure
@@ -163,14 +166,16 @@ def compile(
     measured = None if samples is None else samples.measured
     held_back = None if samples is None else samples.held_back
 
-    with scratch(output) as work:
+    with scratch(output) as work, Observation.beside(work.folder) as observation:
         if parts is None:
             chosen = by_part[""]
             current = plain if chosen.plan.start is None else chosen.plan.load(path)
             pieces = [Piece("", current, chosen.requested, chosen.plan, measured, held_back=held_back)]
-            reference = _run_all(lambda: _runs(path), held_back, progress, "run the plain graph")
+            reference = _run_all(
+                lambda: _observed_plain(path, observation), held_back, progress, "run the plain graph"
+            )
         else:
-            run = _plain_run(path, parts, steps, measured, held_back, progress)
+            run = _plain_run(path, parts, steps, measured, held_back, observation, progress)
             pieces = pieces_of(parts, by_part, measured, run.measured, work.folder)
             reference = run.held_back
         device = device_of(builder.targets[0]) if builder.targets else None
@@ -202,12 +207,23 @@ def compile(
         if limit is None:
             limit = default_limit(precision, weights_random=source.weights_random)
         simulated = _run_all(
-            lambda: _simulation(work.folder, pieces, outputs), held_back, progress, "run the rewritten graph"
+            lambda: _simulation(work.folder, pieces, outputs, observation),
+            held_back,
+            progress,
+            "run the rewritten graph",
         )
+        observation.end()
         verification = None
         if held_back is not None:
             actions = _only(reference, [record.name for record in outputs])
-            verification = verification_record(compare(actions, simulated), limit)
+            verification = verification_record(compare(actions, simulated), limit).model_copy(
+                update={
+                    "drift": observation.drift(),
+                    "layers": observation.layers(),
+                    "layer_samples": observation.samples,
+                    "quantizers": observation.quantizers(),
+                }
+            )
             save_samples(
                 work.folder / SAMPLES,
                 [{**held_back[i], **actions[i]} for i in range(len(held_back))],
@@ -235,14 +251,15 @@ def compile(
                 for piece, result in zip(pieces, rewritten, strict=True)
                 if piece.place
             ],
+            operators=operators_of(*(piece.model.graph for piece in pieces)),
         )
         if verification is not None and not verification.passed:
             worst = verification.worst()
             kept = _keep(work, rejected(output), manifest, "the graph failed verification")
             raise VerificationError(
                 f"{worst.output} of held-back sample {worst.sample} has a relative L2 error of "
-                f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}: the result {kept} and must not be "
-                "deployed; leave out passes, or raise --max-error if this is acceptable"
+                f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}{_first_departure(verification)}: the result "
+                f"{kept} and must not be deployed; leave out passes, or raise --max-error if this is acceptable"
             )
         manifest = _build(work, output, builder, manifest, progress)
         with progress.stage("publish"):
@@ -255,6 +272,17 @@ def verification_record(comparison: Comparison, limit: float) -> VerificationRec
     return VerificationRecord(
         limit=limit, passed=comparison.passes(limit), errors=_error_records(comparison.errors)
     )
+
+
+def _first_departure(verification: VerificationRecord) -> str:
+    """Where the error first goes beyond the limit, as the end of a clause; empty where that was not measured."""
+    step, layer = verification.first_drift(), verification.first_departure()
+    found = []
+    if step is not None:
+        found.append(f"x departs that far after denoising step {step.step}")
+    if layer is not None:
+        found.append(f"the first layer that does is {layer.where} ({layer.relative_l2:.4g}, {layer.node!r})")
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _error_records(errors: Sequence[OutputError]) -> list[ErrorRecord]:
@@ -279,18 +307,35 @@ def _passes_of(text: str | None, grouping: Grouping | None, options: RunOptions)
     return {"": PartPasses(text or ("default" if chosen.start is None else chosen.text), chosen)}
 
 
-def _runs(path: Path) -> Run:
+def _runs(path: Path, edit: Callable[[onnx.ModelProto], None]) -> Run:
     """Runs a graph on samples that may hold more than it takes, such as inputs that were fixed."""
-    runner = load_runner(path)
+    runner = load_runner(path, edit=edit)
     names = [spec.name for spec in runner.inputs]
     return lambda sample: runner.run({name: sample[name] for name in names})
 
 
-def _simulation(folder: Path, pieces: Sequence[Piece], outputs: Sequence[TensorRecord]) -> Run:
-    """What runs the rewritten graphs in onnxruntime."""
+def _observed_plain(path: Path, observation: Observation) -> Run:
+    """Runs the plain graph and keeps what is observed of it."""
+    observer = observation.plain(path)
+    run = _runs(path, observer.edit)
+    return lambda sample: observer.take(run(sample))
+
+
+def _simulation(
+    folder: Path, pieces: Sequence[Piece], outputs: Sequence[TensorRecord], observation: Observation
+) -> Run:
+    """What runs the rewritten graphs in onnxruntime, observed."""
     if len(pieces) == 1 and not pieces[0].place:
-        return _runs(folder / GRAPH)
-    return load_chain(folder, [piece.place for piece in pieces], [record.name for record in outputs]).run_all
+        runner = observation.rewritten(folder / GRAPH)
+        names = [spec.name for spec in runner.inputs]
+        return lambda sample: runner.run({name: sample[name] for name in names})
+    runs = {piece.place: piece.runs for piece in pieces}
+    places, names = list(runs), [record.name for record in outputs]
+
+    def load_part(place: str) -> ObservedRunner:
+        return observation.rewritten(folder / place / GRAPH, runs=runs[place], place=place)
+
+    return load_chain(folder, places, names, load=load_part).run_all
 
 
 @dataclass(frozen=True)
@@ -307,18 +352,20 @@ def _plain_run(
     steps: Sequence[pipeline.Step],
     measured: Samples | None,
     held_back: Samples | None,
+    observation: Observation,
     progress: Progress,
 ) -> _PlainRun:
     """Run the whole plain graph once a sample, for verification and for what parts are calibrated on."""
     if measured is None or held_back is None:
         return _PlainRun(None, [])
+    observer = observation.plain(path)
     if not any(step.spec.ranges is not None for step in steps):
-        return _PlainRun(None, run_plain(path, parts, held_back, progress))
+        return _PlainRun(None, run_plain(path, parts, held_back, progress, observer))
     if held_back is measured:
-        spaces = run_plain(path, parts, measured, progress)
+        spaces = run_plain(path, parts, measured, progress, observer)
         return _PlainRun(spaces, spaces)
-    spaces = run_plain(path, parts, [*measured, *held_back], progress)
-    return _PlainRun(spaces[: len(measured)], spaces[len(measured) :])
+    held = run_plain(path, parts, held_back, progress, observer)
+    return _PlainRun(run_plain(path, parts, measured, progress), held)
 
 
 def _run_all(load: Callable[[], Run], samples: Samples | None, progress: Progress, title: str) -> Outputs:

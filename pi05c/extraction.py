@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,16 @@ class PlainBorders:
     Args:
         path: the plain graph.
         parts: what `extract` made of it.
+        edit: makes further tensors outputs, which `run` then gives too.
     """
 
-    def __init__(self, path: Path, parts: Sequence[PartGraph]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parts: Sequence[PartGraph],
+        edit: Callable[[onnx.ModelProto], None] | None = None,
+    ) -> None:
+        self._edit = edit
         self._inner = {name: inner for part in parts for name, inner in part.sources.items()}
         self._step = next((part.step for part in parts if part.step is not None), None)
         specs = {
@@ -243,6 +250,8 @@ class PlainBorders:
 
     def _tap(self, proto: onnx.ModelProto) -> None:
         """Make the crossing tensors outputs, and let the loop collect x."""
+        if self._edit is not None:
+            self._edit(proto)
         known = {value.name for value in proto.graph.output}
         proto.graph.output.extend(value for value in self._values if value.name not in known)
         if self._step is None:

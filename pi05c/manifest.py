@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pi05c.folder import MANIFEST
 from pi05c.graph.errors import Pi05cError
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raised whenever an older pi05c could not read what this one writes."""
 
 _READ_BYTES = 2**24
@@ -142,6 +142,23 @@ class PrecisionRecord(_Record):
     count: int
 
 
+class OperatorRecord(_Record):
+    """One operator of one layer, all its steps, chunks and parallel linears together, in one type.
+
+    Attributes:
+        layer: from 0 within its part; None outside of layers.
+        operator: one of `pi05c.passes.patterns.layers.OPERATORS` or `OTHERS`.
+        dtype: the type that it computes in, as `PrecisionRecord` has it.
+        nodes: of the rewritten graph.
+    """
+
+    part: str
+    layer: int | None
+    operator: str
+    dtype: str
+    nodes: list[str]
+
+
 class CalibrationRecord(_Record):
     """The data that ranges were measured on. `used` and `held_back` count samples."""
 
@@ -167,12 +184,100 @@ class ErrorRecord(_Record):
     max_abs: Number
 
 
+class DriftRecord(_Record):
+    """Departure of the flow in one denoising step: relative L2 errors, each of the worst held-back sample.
+
+    Attributes:
+        step: from 0.
+        x: of the state after the step.
+        v: of what the step adds to it, dt * v.
+        x_node, v_node: that make them in the rewritten graph.
+    """
+
+    step: int
+    x: Number
+    v: Number
+    x_node: str
+    v_node: str
+
+
+class LayerErrorRecord(_Record):
+    """Departure of the residual stream behind one half of a layer: the relative L2 error of the worst sample.
+
+    Attributes:
+        part, layer: as `OperatorRecord`.
+        step: the denoising step, None in other parts.
+        half: `attention` or `MLP`.
+        node: that makes it in the rewritten graph.
+    """
+
+    part: str
+    layer: int
+    step: int | None
+    half: str
+    relative_l2: Number
+    node: str
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        step = "" if self.step is None else f"step {self.step} of "
+        return f"{step}{self.part}, layer {self.layer}, behind its {self.half}"
+
+
+class QuantizerRecord(_Record):
+    """What one FP8 QuantizeLinear met over all held-back samples, and all steps of the loop that it may lie in.
+
+    Attributes:
+        node: the QuantizeLinear; `tensor` is what it reads.
+        part, layer, step: of who reads the result; None where that is not known.
+        operator: the linear that reads the result, or the factor of attention: Q, K, P (probabilities) or V.
+        scale: one code is worth that much; 448 * scale is the largest value.
+        low, high: smallest and largest value.
+        elements: how many were quantized; None where the shape is not static.
+        clipped: how many of them lay beyond 448 * scale.
+        flushed: how many that were not zero became zero.
+    """
+
+    node: str
+    tensor: str
+    part: str | None
+    layer: int | None
+    step: int | None
+    operator: str | None
+    scale: float
+    low: Number
+    high: Number
+    elements: int | None
+    clipped: int
+    flushed: int
+
+
 class VerificationRecord(_Record):
-    """The rewritten graph, run in onnxruntime, against the plain graph. `limit` holds for `relative_l2`."""
+    """The rewritten graph, run in onnxruntime, against the plain graph. `limit` holds for `relative_l2`.
+
+    Attributes:
+        drift: by denoising step; empty where no flow accumulation is found in both graphs.
+        layers: in order of execution, those that both graphs have in one shape.
+        layer_samples: on how many held-back samples layers were compared.
+        quantizers: in order of execution.
+    """
 
     limit: float
     passed: bool
     errors: list[ErrorRecord]
+    drift: list[DriftRecord] = Field(default_factory=list)
+    layers: list[LayerErrorRecord] = Field(default_factory=list)
+    layer_samples: int = 0
+    quantizers: list[QuantizerRecord] = Field(default_factory=list)
+
+    def first_departure(self) -> LayerErrorRecord | None:
+        """The first layer whose output departs by more than the limit."""
+        return next((layer for layer in self.layers if not layer.relative_l2 <= self.limit), None)
+
+    def first_drift(self) -> DriftRecord | None:
+        """The first denoising step after which x departs by more than the limit."""
+        return next((step for step in self.drift if not step.x <= self.limit), None)
 
     def worst(self) -> ErrorRecord:
         """The output of the sample with the largest relative L2 error; nan counts as largest."""
@@ -229,7 +334,7 @@ class Manifest(_Record):
     without passes of its own, and `engine` what the plans share, without a file.
     """
 
-    format: Literal[2]
+    format: Literal[2, 3]
     versions: dict[str, str]
     source: SourceRecord
     pipeline: PipelineRecord
@@ -241,6 +346,7 @@ class Manifest(_Record):
     engine: EngineRecord
     files: dict[str, FileRecord]
     parts: list[PartRecord] = Field(default_factory=list)
+    operators: list[OperatorRecord] = Field(default_factory=list)
 
     @property
     def places(self) -> list[str]:

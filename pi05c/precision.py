@@ -11,12 +11,13 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.dtypes import is_float, name_of
 from pi05c.graph.edit import producer
 from pi05c.graph.errors import UsageError
-from pi05c.manifest import PrecisionRecord
+from pi05c.manifest import OperatorRecord, PrecisionRecord
 from pi05c.passes.patterns.attention import find_attention
 from pi05c.passes.patterns.flow import find_flow
+from pi05c.passes.patterns.layers import OPERATORS, OTHERS, Layers
 from pi05c.passes.patterns.linear import find_linears
 from pi05c.passes.patterns.norm import find_norms
-from pi05c.passes.patterns.parts import PARTS, parts_of
+from pi05c.passes.patterns.parts import PARTS, Part, parts_of
 from pi05c.passes.patterns.rope import find_rope
 from pi05c.passes.patterns.softmax import find_softmaxes
 from pi05c.passes.patterns.walk import each_node
@@ -62,6 +63,30 @@ def precision_of(*graphs: gs.Graph) -> list[PrecisionRecord]:
         PrecisionRecord(part=part, kind=kind, dtype=dtype, count=count)
         for (part, kind, dtype), count in sorted(
             counts.items(), key=lambda item: (order[item[0][0]], KINDS.index(item[0][1]), item[0][2])
+        )
+    ]
+
+
+def operators_of(*graphs: gs.Graph) -> list[OperatorRecord]:
+    """Each operator of each layer with the type that it computes in, of all graphs that make up a policy."""
+    nodes: dict[tuple[Part, int | None, str, str], list[str]] = {}
+    for graph in graphs:
+        for found in Layers(graph).operators:
+            single = found.node.op in ("MatMul", "Gemm", "Conv")
+            dtype = product_dtype(found.node) if single else arithmetic_dtype(found.nodes)
+            key = found.place.part, found.place.layer, found.name, dtype
+            nodes.setdefault(key, []).append(str(found.node.name))
+    order = {name: index for index, name in enumerate((*PARTS, *OTHERS, *OPERATORS))}
+    return [
+        OperatorRecord(part=key[0], layer=key[1], operator=key[2], dtype=key[3], nodes=names)
+        for key, names in sorted(
+            nodes.items(),
+            key=lambda item: (
+                order[item[0][0]],
+                -1 if item[0][1] is None else item[0][1],
+                order[item[0][2]],
+                item[0][3],
+            ),
         )
     ]
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
-from pi05c.graph.dtypes import FLOAT32, FLOAT64, is_float, name_of, to_numpy
+from pi05c.graph.dtypes import FLOAT32, FLOAT64, is_float, name_of, to_numpy, to_onnx
 from pi05c.graph.edit import Names, producer
 from pi05c.graph.io import Model
 from pi05c.graph.runner import Array
+from pi05c.passes.quantize import E4M3_MAX
 
 SAME_VALUES = frozenset({"Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators whose output holds exactly the values of their first input, so that one reduction serves both."""
@@ -39,6 +42,19 @@ _AXES_AS_INPUT = {"ReduceSum": 13, "ReduceMax": 18, "ReduceMin": 18}
 """Opset from which a reduction takes its axes as an input (ONNX operator changelog)."""
 
 
+class Of(Enum):
+    """What stands in place of an element x, other than x itself; conditions give 1 or 0."""
+
+    NAN = "x is NaN"
+    SQUARE = "x * x"
+    CLIPPED = "|x| > 448"
+    FLUSHED = "0 < |x| <= 2^-10"
+
+
+E4M3_FLUSHED = 2.0**-10
+"""The largest value that FP8 E4M3 rounds to zero: half of its smallest, ties to even (OCP 8-bit floating point, 2023)."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """One number that a tensor is reduced to.
@@ -46,12 +62,12 @@ class Probe:
     Attributes:
         operator: reduces the tensor, and over the steps of a body what each step gave.
         identity: what it gives for nothing, a body that never ran.
-        of_nan: reduce 1 where an element is NaN and 0 elsewhere, in place of the elements.
+        of: what is reduced in place of the elements; None for themselves.
     """
 
     operator: str
     identity: float
-    of_nan: bool = False
+    of: Of | None = None
 
 
 LOW = Probe("ReduceMin", math.inf)
@@ -59,7 +75,10 @@ HIGH = Probe("ReduceMax", -math.inf)
 TOTAL = Probe("ReduceSum", 0.0)
 """A NaN anywhere makes the sum NaN, which onnxruntime's ReduceMax and ReduceMin may pass over; so do inf - inf and
 an overflow of both signs."""
-HAS_NAN = Probe("ReduceMax", 0.0, of_nan=True)
+HAS_NAN = Probe("ReduceMax", 0.0, Of.NAN)
+SQUARES = Probe("ReduceSum", 0.0, Of.SQUARE)
+CLIPPED = Probe("ReduceSum", 0.0, Of.CLIPPED)
+FLUSHED = Probe("ReduceSum", 0.0, Of.FLUSHED)
 
 
 @dataclass(frozen=True)
@@ -103,18 +122,22 @@ class Reductions:
 def add_reductions(
     model: Model,
     proto: onnx.ModelProto,
-    wanted: Sequence[str],
+    wanted: Sequence[str] | Mapping[str, AbstractSet[Probe]],
     probes: Sequence[Probe],
     rows: Collection[str] = (),
+    *,
+    keep_outputs: bool = False,
 ) -> Reductions:
     """Reduce tensors inside a graph; its only outputs become their numbers, and rows.
 
     Args:
         model: the model, which stays as it is.
         proto: its export, whose nodes come in the same order, edited in place.
-        wanted: names of tensors of floating type; those of other types are passed over.
+        wanted: names of tensors of floating type; those of other types are passed over. Of a mapping each gets the
+            probes that it names, and the identity of the others.
         rows: names of tensors of which rows are wanted. Those of bodies and those whose shape is not static are
             passed over.
+        keep_outputs: let the numbers be further outputs.
     """
     found = _Found(model.graph)
     measured_as, left_out = {}, {}
@@ -129,7 +152,8 @@ def add_reductions(
             measured_as[name] = root.name
         elif reason:
             left_out[name] = reason
-    writer = _Writer(model, proto, probes, set(measured_as.values()), frozenset(rows))
+    own = {root: wanted[name] for name, root in measured_as.items()} if isinstance(wanted, Mapping) else None
+    writer = _Writer(model, proto, probes, set(measured_as.values()), frozenset(rows), own)
     parts = writer.parts(model.graph, proto.graph)
     names = tuple(name for part in parts for name in part.names)
     for name, root in list(measured_as.items()):
@@ -137,7 +161,8 @@ def add_reductions(
             del measured_as[name]
             left_out[name] = "it lies in a subgraph whose steps cannot be followed"
     if parts or writer.rows:
-        del proto.graph.output[:]
+        if not keep_outputs:
+            del proto.graph.output[:]
         proto.graph.output.extend(writer.declared(part) for part in parts)
         proto.graph.output.extend(_declared_rows(taken) for taken in writer.rows)
         proto.graph.input.extend(
@@ -225,6 +250,7 @@ class _Writer:
         probes: Sequence[Probe],
         wanted: set[str],
         sampled: frozenset[str],
+        own: Mapping[str, AbstractSet[Probe]] | None,
     ) -> None:
         self._names = Names(model.graph)
         self._opset: int = model.graph.opset
@@ -233,6 +259,7 @@ class _Writer:
         self._probes = tuple(probes)
         self._wanted = wanted
         self._sampled = sampled
+        self._own = own
         self.rows: list[RowOutput] = []
 
     def scope(self, scope: gs.Graph, graph: onnx.GraphProto) -> _Part | None:
@@ -354,14 +381,28 @@ class _Writer:
             values = apply("Cast", values, to=TensorProto.FLOAT)
         values = apply("Reshape", values, self._constant(np.array([-1])))
         numbers = []
+        dtype = to_numpy(tensor.dtype) if to_numpy(tensor.dtype) == FLOAT64 else FLOAT32
+        probes = self._probes if self._own is None else self._own[tensor.name]
         for probe in self._probes:
-            flags = values
-            if probe.of_nan:
-                flags = apply("Cast", apply("IsNaN", values), to=TensorProto.FLOAT)
-                if to_numpy(tensor.dtype) == FLOAT64:
-                    flags = apply("Cast", flags, to=TensorProto.DOUBLE)
-            numbers.append(apply(probe.operator, flags, keepdims=1))
+            if probe not in probes:
+                numbers.append(self._constant(np.full(1, probe.identity, dtype)))
+                continue
+            elements = values
+            if probe.of is Of.SQUARE:
+                elements = apply("Mul", values, values)
+            elif probe.of is not None:
+                elements = apply("Cast", self._condition(probe.of, values, dtype, apply), to=to_onnx(dtype))
+            numbers.append(apply(probe.operator, elements, keepdims=1))
         return nodes, numbers
+
+    def _condition(self, of: Of, values: str, dtype: Any, apply: Callable[..., str]) -> str:
+        if of is Of.NAN:
+            return apply("IsNaN", values)
+        size = apply("Abs", values)
+        if of is Of.CLIPPED:
+            return apply("Greater", size, self._constant(np.array(E4M3_MAX, dtype)))
+        small = apply("LessOrEqual", size, self._constant(np.array(E4M3_FLUSHED, dtype)))
+        return apply("And", small, apply("Greater", size, self._constant(np.array(0, dtype))))
 
     def _join(self, tensors: list[gs.Tensor], numbers: list[list[str]]) -> tuple[list[onnx.NodeProto], _Part]:
         """The numbers of several tensors as one part."""
@@ -413,11 +454,15 @@ def _body(node: onnx.NodeProto) -> onnx.GraphProto:
 
 
 __all__ = [
+    "CLIPPED",
+    "FLUSHED",
     "HAS_NAN",
     "HIGH",
     "LOW",
     "SAME_VALUES",
+    "SQUARES",
     "TOTAL",
+    "Of",
     "Probe",
     "Reductions",
     "RowOutput",

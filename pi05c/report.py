@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pi05c.folder import REPORT
-from pi05c.manifest import CostRecord, Manifest, PassRecord, PipelineRecord
+from pi05c.manifest import (
+    CostRecord,
+    LayerErrorRecord,
+    Manifest,
+    OperatorRecord,
+    PassRecord,
+    PipelineRecord,
+    QuantizerRecord,
+)
+from pi05c.passes.patterns.layers import OPERATORS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -32,6 +42,12 @@ def write_report(folder: Path, manifest: Manifest) -> None:
         *(manifest.verification.errors if manifest.verification is not None else ()),
         *(error for part in manifest.parts for error in part.errors),
     ]
+    environment.globals["operators"] = OPERATORS
+    environment.globals["maps"] = precision_maps(manifest)
+    verified = manifest.verification
+    environment.globals["layers"] = [] if verified is None else layer_rows(verified.layers)
+    environment.globals["quantizers"] = [] if verified is None else quantizer_rows(verified.quantizers)
+    environment.filters["widths"] = width_of
     text = environment.get_template("report.html").render(m=manifest, precision=precision_rows(manifest))
     (folder / REPORT).write_text(text, encoding="utf-8")
 
@@ -100,4 +116,110 @@ def _sum(name: str, records: Sequence[CostRecord]) -> CostRecord:
         kernels=sum(record.kernels for record in records),
         operators=sum(record.operators for record in records),
         seconds=sum(record.seconds or 0.0 for record in records),
+    )
+
+
+@dataclass
+class PartMap:
+    """What computes in which type in one part: by layer and operator, and outside of layers.
+
+    Attributes:
+        layers: for each layer the records of each of `OPERATORS` that it has.
+        others: records outside of layers.
+    """
+
+    part: str
+    layers: dict[int, dict[str, list[OperatorRecord]]] = field(default_factory=dict)
+    others: list[OperatorRecord] = field(default_factory=list)
+
+
+def precision_maps(manifest: Manifest) -> list[PartMap]:
+    """The precision map of each part."""
+    maps: dict[str, PartMap] = {}
+    for record in manifest.operators:
+        found = maps.setdefault(record.part, PartMap(record.part))
+        if record.layer is None or record.operator not in OPERATORS:
+            found.others.append(record)
+        else:
+            found.layers.setdefault(record.layer, {}).setdefault(record.operator, []).append(record)
+    return list(maps.values())
+
+
+def width_of(dtype: str) -> str:
+    """What a type is coloured by: its class on the page. Of two factors the narrower counts."""
+    known = {"float64": 32, "float32": 32, "bfloat16": 16, "float16": 16, "float8e4m3fn": 8, "float4e2m1": 4}
+    bits = [known.get(side, 0) for side in dtype.split(" x ")]
+    return f"w{min(bits)}{' half' if len(set(bits)) > 1 else ''}"
+
+
+@dataclass
+class LayerRow:
+    """The errors of one layer: the worst step behind each half, and every step."""
+
+    part: str
+    layer: int
+    steps: list[LayerErrorRecord] = field(default_factory=list)
+
+    def worst(self, half: str) -> LayerErrorRecord | None:
+        """The step with the largest error behind a half."""
+        return max((s for s in self.steps if s.half == half), key=lambda s: s.relative_l2, default=None)
+
+
+def layer_rows(records: Sequence[LayerErrorRecord]) -> list[LayerRow]:
+    """One row a layer, its steps together."""
+    rows: dict[tuple[str, int], LayerRow] = {}
+    for record in records:
+        rows.setdefault((record.part, record.layer), LayerRow(record.part, record.layer)).steps.append(record)
+    return list(rows.values())
+
+
+@dataclass
+class QuantizerRow:
+    """What the quantizers of one operator of one layer met, all steps together."""
+
+    part: str | None
+    layer: int | None
+    operator: str | None
+    records: list[QuantizerRecord] = field(default_factory=list)
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return min(record.low for record in self.records)
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return max(record.high for record in self.records)
+
+    @property
+    def largest(self) -> float:
+        """The largest share of 448 * scale that a value takes."""
+        return max(max(-r.low, r.high) / (r.scale * 448) for r in self.records)
+
+    @property
+    def clipped(self) -> int:
+        """Elements beyond 448 * scale."""
+        return sum(record.clipped for record in self.records)
+
+    @property
+    def flushed(self) -> int:
+        """Elements that became zero."""
+        return sum(record.flushed for record in self.records)
+
+    @property
+    def elements(self) -> int:
+        """Elements whose number is known."""
+        return sum(record.elements or 0 for record in self.records)
+
+
+def quantizer_rows(records: Sequence[QuantizerRecord]) -> list[QuantizerRow]:
+    """One row for each operator of each layer, what clips or flushes most in front."""
+    rows: dict[tuple[str | None, int | None, str | None], QuantizerRow] = {}
+    for record in records:
+        key = record.part, record.layer, record.operator
+        rows.setdefault(key, QuantizerRow(*key)).records.append(record)
+    return sorted(
+        rows.values(),
+        key=lambda row: (-row.clipped / (row.elements or 1), -row.flushed / (row.elements or 1)),
     )

@@ -21,6 +21,7 @@ from pi05c.folder import TABLE
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import save
 from pi05c.graph.runner import Array
+from pi05c.observation import PlainObserver
 from pi05c.passes import pipeline
 from pi05c.passrun import Plan, RunOptions, plan, refuse_print_after
 from pi05c.progress import Progress
@@ -132,15 +133,24 @@ def cut(path: Path, grouping: Grouping) -> list[PartGraph]:
 
 
 def run_plain(
-    path: Path, parts: Sequence[PartGraph], samples: Sequence[dict[str, Array]], progress: Progress
+    path: Path,
+    parts: Sequence[PartGraph],
+    samples: Sequence[dict[str, Array]],
+    progress: Progress,
+    observer: PlainObserver | None = None,
 ) -> list[dict[str, Array]]:
-    """What the whole plain graph gives for samples: inputs, outputs, and what crosses the borders of parts, by name."""
+    """What the whole plain graph gives for samples: inputs, outputs, and what crosses the borders of parts, by name.
+
+    Args:
+        observer: keeps what it observes of each sample.
+    """
     with progress.stage("run the plain graph") as update:
-        borders = PlainBorders(path, parts)
+        borders = PlainBorders(path, parts, None if observer is None else observer.edit)
         spaces = []
         for index, sample in enumerate(samples):
             update(index / len(samples), f"sample {index + 1} of {len(samples)}")
-            spaces.append(borders.run(sample))
+            space = borders.run(sample)
+            spaces.append(space if observer is None else observer.take(space))
     return spaces
 
 

@@ -493,6 +493,27 @@ def make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
     tensor.raw_data = bytes(stored_bytes(weight.load()))
 
 
+def point_to_file(tensor: onnx.TensorProto, weight: Weight, base: Path | None) -> bool:
+    """Let a tensor refer to the file of its weight, where that lies in `base`; whether it does."""
+    if base is None or not isinstance(weight, Stored) or not weight.path.absolute().is_relative_to(base):
+        return False
+    del tensor.external_data[:]
+    location = weight.path.absolute().relative_to(base).as_posix()
+    for key, value in (("location", location), ("offset", weight.offset), ("length", weight.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return True
+
+
+def referring_proto(model: Model, base: Path) -> onnx.ModelProto:
+    """The model as a proto that reads its weights from the files of `base`; what lies in none of them is inside it."""
+    proto, pending = to_proto(model)
+    for tensor in tensors(proto):
+        weight = pending.get(location_of(tensor) or "")
+        if weight is not None and not point_to_file(tensor, weight, base):
+            make_inline(tensor, weight)
+    return proto
+
+
 def location_of(tensor: onnx.TensorProto) -> str | None:
     """Where the bytes of an external tensor lie: a file, or the key of a pending weight; None of an inline one."""
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
@@ -568,6 +589,8 @@ __all__ = [
     "location_of",
     "make_inline",
     "model_from_proto",
+    "point_to_file",
+    "referring_proto",
     "save",
     "scopes",
     "tensors",

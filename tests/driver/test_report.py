@@ -5,9 +5,20 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 from small_folder import minimal_manifest
-from small_policy import BUILDS, policy, pretend_installed, use_worker, wrecking_pass, write_policy
+from small_policy import (
+    BUILDS,
+    ROWS,
+    WIDTH,
+    policy,
+    pretend_installed,
+    use_worker,
+    wrecking_pass,
+    write_policy,
+)
 
 import pi05c
 from pi05c.folder import REPORT
@@ -123,7 +134,8 @@ def test_the_page_needs_nothing_beside_itself(policy: Path, tmp_path: Path) -> N
     folder = pi05c.compile(policy, tmp_path / "engine", passes="exact", backend="onnxruntime").folder
     found = page_of(folder)
     assert not {"script", "link", "img", "iframe"} & set(found.tags)
-    assert found.addresses == []
+    html = (folder / REPORT).read_text(encoding="utf-8")
+    assert all(a.startswith("#") and f'id="{a[1:]}"' in html for a in found.addresses)
 
 
 def test_the_page_says_what_the_manifest_says(policy: Path, tmp_path: Path) -> None:
@@ -254,3 +266,23 @@ def test_precision_has_a_row_for_each_part_and_kind_and_the_commonest_type_first
         ("vision", "linear", {"float16": 1, "float8e4m3fn": 5}),
         ("prefix", "norm", {"float32": 2}),
     ]
+
+
+def test_what_fp8_clips_and_flushes_is_counted_as_numpy_counts_it(policy: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(5).standard_normal((4, 1, ROWS, WIDTH)).astype(np.float32)
+    x[-1, :, 0] *= 100
+    x[-1, :, 1] *= 1e-5
+    x[-1, :, 2] = 0
+    np.savez(policy.with_name("model.calibration.npz"), x=x)
+    folder = pi05c.compile(
+        policy, tmp_path / "engine", passes="quantize_linears", backend="onnxruntime", max_error=10.0
+    ).folder
+    verified = read_manifest(folder).verification
+    assert verified is not None
+    (found,) = verified.quantizers
+    codes = np.abs(x[-1]) / np.float32(found.scale)
+    rounded = codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert found.clipped == int((codes > 448).sum()) > 0
+    assert found.flushed == int(((x[-1] != 0) & (rounded == 0)).sum()) > 0
+    assert (found.low, found.high, found.elements) == (x[-1].min(), x[-1].max(), x[-1].size)
+    assert "Ranges and saturation" in page_of(folder).text
