@@ -20,7 +20,6 @@ from pi05c.graph.io import load
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
 
-
 _Call = tuple[Callable[..., Any], list[str | None], list[str]]
 """A function, the names of what it takes, and of what it gives."""
 

@@ -1,0 +1,372 @@
+"""Measures the whole policy on one NVIDIA GPU: plain torch compiled by Inductor, then the passes' graphs.
+
+    python benchmarks/gpu.py OUT [--config pi05_libero] [--scratch FOLDER] [--device cuda]
+
+Exports a model with random weights, rewrites it by the pipelines `fp16` and `default` (ranges measured on one made-up
+sample), translates each graph to torch, compiles its prefix by Inductor and records prefix and steps as one CUDA graph.
+The baseline is the plain model in BF16, prefix and denoising step compiled by Inductor and recorded in the same way.
+`OUT/gpu.json` is written again after each stage. With `--device cpu` nothing is recorded, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIPELINES = ("fp16", "default")
+SEED = 0
+RUNS = 60
+"""Timed replays of each CUDA graph."""
+
+
+def export(folder: Path, config: str) -> None:
+    """Write the plain graph, one sample to calibrate with and one to compare on."""
+    from pi05c.frontend.config import named_config
+    from pi05c.frontend.export import export_model
+    from pi05c.frontend.samples import synthetic_samples, write_samples
+
+    export_model(None, folder / "model.onnx", config=config, random=True, seed=SEED)
+    samples = synthetic_samples(named_config(config), SEED, 2)
+    write_samples(folder / "calibrate.npz", {name: array[:1] for name, array in samples.items()}, True)
+
+
+def rewrite(folder: Path, pipeline: str) -> None:
+    """Run the passes of a pipeline, keep the graph, then simulate it in onnxruntime on the sample to compare on."""
+    from pi05c.backend.onnxruntime import load_runner
+    from pi05c.graph.io import save
+    from pi05c.passrun import run_passes
+
+    started = time.monotonic()
+    result = run_passes(
+        folder / "model.onnx", pipeline, calibration=[folder / "calibrate.npz"], cache=folder / "cache"
+    )
+    path = folder / pipeline / "model.onnx"
+    path.parent.mkdir(exist_ok=True)
+    save(result.model, path)
+    print(f"{pipeline}: rewritten in {time.monotonic() - started:.0f} s", flush=True)
+    (path.parent / "rewritten").touch()
+    with np.load(folder / "compare.npz") as file:
+        actions = load_runner(path).run({name: file[name] for name in file.files})["actions"]
+    np.save(path.parent / "partial.npy", actions)
+    (path.parent / "partial.npy").rename(path.parent / "simulated.npy")
+    print(f"{pipeline}: simulated after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def prepare(folder: Path, config: str) -> None:
+    """Export, then rewrite by each pipeline side by side."""
+    export(folder, config)
+    script = [sys.executable, __file__, str(folder), "--config", config, "--rewrite"]
+    running = [subprocess.Popen([*script, pipeline]) for pipeline in PIPELINES]
+    for process in running:
+        process.wait()
+
+
+class Measurement:
+    """Everything that runs in the process that measures."""
+
+    def __init__(self, out: Path, folder: Path, config: str, device: str) -> None:
+        import torch
+
+        from pi05c.frontend.config import named_config
+        from pi05c.frontend.samples import synthetic_samples
+
+        self.torch, self.out, self.folder, self.device = torch, out, folder, device
+        self.config = named_config(config)
+        self.cuda = device == "cuda"
+        self.started = time.monotonic()
+        self.report: dict[str, Any] = {
+            "card": torch.cuda.get_device_name() if self.cuda else platform.machine(),
+            "versions": {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "python": sys.version.split()[0],
+            },
+            "config": config,
+            "runs": RUNS,
+            "stages_s": {},
+        }
+        samples = synthetic_samples(self.config, SEED, 2)
+        self.sample = {name: array[1] for name, array in samples.items()}
+        np.savez(folder / "compare.npz", **self.sample)
+        self.inputs = {name: torch.from_numpy(np.array(a)).to(device) for name, a in self.sample.items()}
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do something, record its result and seconds; a failure is recorded and does not end the run."""
+        started = time.monotonic()
+        try:
+            result = work()
+        except Exception:
+            result = {"failed": traceback.format_exc()[-1500:]}
+            print(result["failed"], flush=True)
+        seconds = round(time.monotonic() - started, 1)
+        self.report["stages_s"][name] = seconds
+        if isinstance(result, dict):
+            self.report[name] = result
+        (self.out / "gpu.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        brief = {k: v for k, v in result.items() if k != "profile"} if isinstance(result, dict) else ""
+        print(
+            f"[{time.monotonic() - self.started:.0f} s] {name}: {seconds} s {json.dumps(brief)}", flush=True
+        )
+        return result
+
+    def timed(self, work: Callable[[], Any]) -> tuple[dict[str, Any], Any, Callable[[], None]]:
+        """Record `work` as a CUDA graph and time its replays; also its result and the replay."""
+        torch = self.torch
+        with torch.no_grad():
+            if not self.cuda:
+                started = time.monotonic()
+                result = work()
+                return {"median_ms": (time.monotonic() - started) * 1e3}, result, work
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = work()
+        for _ in range(10):
+            graph.replay()
+        times = []
+        for _ in range(RUNS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        figures = {
+            "median_ms": float(np.median(times)),
+            "p95_ms": float(np.percentile(times, 95)),
+            "min_ms": min(times),
+        }
+        return figures, result, graph.replay
+
+    def kernels(self, replay: Callable[[], None]) -> dict[str, Any]:
+        """Kernels of one replay: how many, their time together, and those that take most."""
+        if not self.cuda:
+            return {}
+        torch = self.torch
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            replay()
+            torch.cuda.synchronize()
+        count: Counter[str] = Counter()
+        total: Counter[str] = Counter()
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                count[event.name[:90]] += 1
+                total[event.name[:90]] += event.time_range.elapsed_us()
+        top = [
+            {"kernel": name, "count": count[name], "us": round(us, 1)} for name, us in total.most_common(14)
+        ]
+        return {"kernels": sum(count.values()), "kernels_ms": sum(total.values()) / 1e3, "top": top}
+
+    def error(self, actions: Any) -> float:
+        """Relative L2 distance of actions from those of the plain model in float32 on this device."""
+        found = actions.detach().float().cpu().numpy().astype(np.float64)
+        return float(np.linalg.norm(found - self.reference) / np.linalg.norm(self.reference))
+
+    def load_plain(self) -> None:
+        """The plain model with the weights of the export, and the float32 reference."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from pi05c.frontend.model import load_policy, parameter_shapes
+        from pi05c.frontend.random_weights import random_weights
+        from pi05c.graph.weights import InMemory
+
+        torch = self.torch
+        weights = random_weights(parameter_shapes(self.config), SEED)
+        used = [name for name in weights if "lm_head" not in name]
+        with ThreadPoolExecutor(6) as pool:
+            arrays = dict(zip(used, pool.map(lambda name: InMemory(weights[name].load()), used), strict=True))
+        self.plain = load_policy(self.config, arrays)
+        both = self.plain.paligemma_with_expert
+        both.paligemma.lm_head = both.gemma_expert.lm_head = torch.nn.Identity()  # nothing uses them
+        self.plain.to(self.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.no_grad():
+            self.reference = self.plain(**self.inputs).cpu().numpy().astype(np.float64)
+
+    def compile_baseline(self) -> None:
+        """Prefix and denoising step of the plain model in BF16, each compiled as one function."""
+        torch = self.torch
+        policy = half_precision(self.plain)
+
+        def prefix(images: Any, image_masks: Any, tokens: Any, token_masks: Any) -> Any:
+            return policy.read_prefix(policy.embed_images(images), image_masks, tokens, token_masks)
+
+        compiled = {
+            name: torch.compile(f, fullgraph=True)
+            for name, f in (("prefix", prefix), ("step", policy.denoise_step))
+        }
+        names = ("images", "image_masks", "tokens", "token_masks")
+        self.prefix = lambda: compiled["prefix"](*(self.inputs[name] for name in names))
+
+        def steps(cache: Any, suffix: Any) -> Any:
+            x, moment = self.inputs["noise"], policy.start_time
+            for _ in range(self.config.steps):
+                x, moment = compiled["step"](x, moment, cache, suffix)
+            return x
+
+        self.steps = steps
+        with torch.no_grad():
+            self.steps(*self.prefix())
+
+    def baseline(self) -> dict[str, Any]:
+        """Times of the compiled plain model."""
+        return self.figures(self.prefix, lambda border: self.steps(*border), lambda x: x)
+
+    def figures(
+        self, prefix: Callable[[], Any], steps: Callable[[Any], Any], actions: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        """Times of prefix, ten steps and both in one graph; error and kernels."""
+        first, border, replay_prefix = self.timed(prefix)
+        second, _, replay_steps = self.timed(lambda: steps(border))
+        whole, result, replay = self.timed(lambda: steps(prefix()))
+        replay()
+        report = {"whole": whole, "prefix": first, "steps": second, "error": self.error(actions(result))}
+        report["profile"] = {"prefix": self.kernels(replay_prefix), "steps": self.kernels(replay_steps)}
+        return report
+
+    def wait_for(self, path: Path, preparing: subprocess.Popen[bytes]) -> None:
+        """Wait until another process has made a file.
+
+        Raises:
+            RuntimeError: the process ended without it.
+        """
+        while not path.exists():
+            if preparing.poll() is not None and not path.exists():
+                raise RuntimeError(f"{path} was not made")
+            time.sleep(0.2)
+
+    def translate(self, pipeline: str) -> Any:
+        """Both halves of a rewritten graph in torch, the prefix compiled by Inductor."""
+        from pi05c.backend.torch_graph import translate
+
+        torch = self.torch
+        module = translate(self.folder / pipeline / "model.onnx", self.device)
+        prefix, steps = module.halves("noise")
+        with torch.no_grad():
+            program = torch.export.export(
+                prefix, tuple(self.inputs[name] for name in prefix.inputs), strict=False
+            ).module()
+        compiled = torch.compile(program, fullgraph=True)
+        return module, prefix, steps, compiled
+
+    def rewritten(self, pipeline: str) -> dict[str, Any]:
+        """Times of a rewritten graph."""
+        module, prefix, steps, compiled = self.translate(pipeline)
+        given = [self.inputs[name] for name in prefix.inputs]
+        own = [name for name in steps.inputs if name not in prefix.outputs]
+
+        def late(border: Any) -> Any:
+            values = dict(zip(prefix.outputs, border, strict=True))
+            return steps(*(self.inputs[name] if name in own else values[name] for name in steps.inputs))
+
+        report = self.figures(lambda: compiled(*given), late, lambda result: result[0])
+        return {"fused": module.fused, **report}
+
+    def simulations(self) -> dict[str, Any]:
+        """Errors of those simulations in onnxruntime that are done."""
+        found = {}
+        for pipeline in PIPELINES:
+            path = self.folder / pipeline / "simulated.npy"
+            if path.exists():
+                found[pipeline] = self.error(self.torch.from_numpy(np.load(path)))
+        return found
+
+
+def half_precision(policy: Any) -> Any:
+    """The plain policy computing in BF16: its functions on tensors cast there, state and time in float32."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    from pi05c.frontend import model
+
+    def half(items: Sequence[Any]) -> list[Any]:
+        return [item.to(torch.bfloat16) for item in items]
+
+    class Embedding(model.Embedding):
+        def forward(self, tokens: Any) -> Any:
+            return F.embedding(tokens, self.weight)
+
+    class LanguageModel(model.LanguageModel):
+        def forward(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
+            return super().forward(x, *half([cos, sin, mask]))
+
+    class Policy(model.Pi05):
+        def embed_images(self, images: Any) -> Any:
+            return super().embed_images(images.to(torch.bfloat16))
+
+        def read_prefix(self, *arguments: Any) -> Any:
+            cache, suffix = super().read_prefix(*arguments)
+            return cache, model.Suffix(*half(suffix))
+
+        def time_condition(self, time: Any) -> Any:
+            return super().time_condition(time).to(torch.bfloat16)
+
+        def velocity(self, x: Any, *arguments: Any) -> Any:
+            return super().velocity(x.to(torch.bfloat16), *arguments).to(torch.float32)
+
+    language = policy.paligemma_with_expert.paligemma.model.language_model
+    language.__class__, language.embed_tokens.__class__, policy.__class__ = LanguageModel, Embedding, Policy
+    return policy
+
+
+def measure(out: Path, folder: Path, config: str, device: str) -> None:
+    """Prepare in another process, measure in this one."""
+    run = Measurement(out, folder, config, device)
+    script = [sys.executable, __file__, str(folder), "--config", config, "--prepare"]
+    preparing = subprocess.Popen(script)
+    run.stage("load", run.load_plain)
+    run.stage("compile", run.compile_baseline)
+    for pipeline in PIPELINES:
+        run.stage(
+            f"wait_{pipeline}", lambda name=pipeline: run.wait_for(folder / name / "rewritten", preparing)
+        )
+        if pipeline == PIPELINES[0]:
+            run.stage("baseline", run.baseline)
+        run.stage(pipeline, lambda name=pipeline: run.rewritten(name))
+    preparing.wait()
+    run.stage("simulated", run.simulations)
+    run.stage("baseline_again", run.baseline)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--config", default="pi05_libero")
+    parser.add_argument("--scratch", type=Path, help="20 GB for the graphs; OUT where it is not given")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rewrite", choices=PIPELINES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = options.scratch or options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.prepare:
+        prepare(options.out, options.config)
+    elif options.rewrite:
+        rewrite(options.out, options.rewrite)
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        measure(options.out, folder, options.config, options.device)
+
+
+if __name__ == "__main__":
+    main()
