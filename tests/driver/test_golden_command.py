@@ -178,3 +178,31 @@ def test_a_folder_without_cases_is_trouble(golden: Golden, tmp_path: Path) -> No
 def test_the_example_workflow_runs_commands_that_exist() -> None:
     page = (ROOT / "docs" / "golden.md").read_text()
     assert "pi05c golden check golden --format markdown" in page
+
+
+def test_passes_of_a_plug_in_stand_in_a_case(golden: Golden, cases: Path) -> None:
+    plugin = cases / "mine.py"
+    plugin.write_text(
+        "from pi05c.passes import graph_pass\n"
+        "@graph_pass(exact=True)\n"
+        "def rename_product(graph, ctx):\n"
+        '    """Rename what the MatMul makes."""\n'
+        '    node = next(node for node in graph.nodes if node.op == "MatMul")\n'
+        '    if node.outputs[0].name != "renamed_product":\n'
+        '        node.outputs[0].name = "renamed_product"\n'
+        "        ctx.changed(node)\n"
+    )
+    (cases / "mine.toml").write_text(
+        'model = "policy.onnx"\npasses = "rename_product"\nplugins = ["mine.py"]\n'
+    )
+    status, out, _ = golden("update", cases)
+    assert status == 0
+    assert out.endswith("\n1 of 3 texts changed\n")
+    assert "%renamed_product: " in (cases / f"mine{RESULT_SUFFIX}").read_text()
+    assert golden("check", cases) == (0, "3 texts are as kept\n", "")
+    (cases / "mine.toml").write_text(
+        'model = "policy.onnx"\npasses = "rename_product"\nplugins = ["none.py"]\n'
+    )
+    status, _, err = golden("check", cases)
+    assert status == 2
+    assert "there is no plug-in" in err
