@@ -21,6 +21,8 @@ _COMMANDS = (
     "diff",
     "bisect",
     "golden",
+    "debug",
+    "view",
     "data_loader",
 )
 """Modules that add their commands to `app`, in the order in which `pi05c --help` lists them."""
