@@ -61,12 +61,13 @@ class Rewritten:
 
 
 class PassFailedError(Exception):
-    """A pass broke down or left a graph that is not as it must be. The cause is its `__cause__`.
+    """A pass broke down or left a graph that is not as it must be.
 
     Attributes:
         number: of the pass, from 1.
         ranges: those that passes were given so far; None where none were.
         cause: what was raised.
+        told: the same in words, with the name of the pass.
     """
 
     def __init__(self, number: int, name: str, ranges: MeasuredRanges | None, cause: Exception) -> None:
