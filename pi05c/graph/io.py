@@ -182,7 +182,8 @@ def _fill_types(graph: gs.Graph, proto: onnx.GraphProto) -> None:
 class DataFolder:
     """Which weights the data files of a folder hold, for models that are saved in it one after the other.
 
-    Such models share their data: `save` writes what no file of the folder holds yet.
+    Such models share their data: `save` writes what no file of the folder holds yet. Weights that several models derive
+    alike from alike ones are one (`Weight.fingerprint`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -193,12 +194,12 @@ class DataFolder:
         """Where a file of the folder holds `weight`."""
         if isinstance(weight, Stored) and weight.path.parent.resolve() == self.folder:
             return _Place(weight.path.name, weight.offset, weight.checksum())
-        known = self._places.get(_identity(weight))
+        known = self._places.get(weight.fingerprint())
         return None if known is None else known[1]
 
     def add(self, weight: Weight, place: _Place) -> None:
         """Remember where `weight` is; it is kept alive, so that no other takes its identity."""
-        self._places[_identity(weight)] = weight, place
+        self._places[weight.fingerprint()] = weight, place
 
 
 @dataclass(frozen=True)

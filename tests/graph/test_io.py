@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from pi05c.graph.check import problems
 from pi05c.graph.edit import Editor, Names, remove_dead
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import INLINE_BYTES, Model, load, model_from_proto, save
+from pi05c.graph.io import INLINE_BYTES, DataFolder, Model, load, model_from_proto, save
 from pi05c.graph.text import canonical_text
 from pi05c.graph.weights import InMemory, Stored, Transposed, array_of, weight_of
 
@@ -124,6 +124,20 @@ def test_a_shared_weight_is_written_once(tmp_path: Path) -> None:
     save(model, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").stat().st_size == W.nbytes
     assert [node.inputs[1].name for node in load(tmp_path / "m.onnx").graph.nodes] == ["w", "v"]
+
+
+def test_files_of_a_folder_share_what_they_derive_alike(tmp_path: Path) -> None:
+    path = _saved(tmp_path)
+    folder = DataFolder(tmp_path)
+    for name in ("first.onnx", "second.onnx"):
+        model = load(path)
+        node = model.graph.nodes[0]
+        transposed = Transposed(weight_of(node.inputs[1]), (1, 0))
+        node.inputs[1] = Editor(model.graph, Names(model.graph)).constant("turned", transposed)
+        save(model, tmp_path / name, shared=folder)
+    assert not (tmp_path / "second.onnx.data").exists()
+    for name in ("first.onnx", "second.onnx"):
+        assert (array_of(load(tmp_path / name).graph.nodes[0].inputs[1]) == W.T).all()
 
 
 def test_a_replaced_value_of_a_stored_weight_is_the_one_that_is_written(tmp_path: Path) -> None:
