@@ -10,6 +10,7 @@ Stages and candidates lie in one folder and share their data files, as dumps do.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import DataFolder, Model, load, location_of, save, tensors
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.guilt import AFTER, BEFORE, BisectResult, Guilty, Replay, Trial, write_readme
-from pi05c.passes.pipeline import InvalidGraphError, MissingRangesError, Step, StepResult
+from pi05c.passes import REGISTRY
+from pi05c.passes.pipeline import InvalidGraphError, MissingRangesError, Step, StepResult, named
 from pi05c.passes.pipeline import run as run_steps
 from pi05c.passrun import Calibrator, Plan, RunOptions, plan, samples_for
 from pi05c.plugins import parse_passes
 from pi05c.progress import Progress, Update
 from pi05c.samples import Samples, find_samples, fixed_specs, input_specs, load_samples
-from pi05c.stages import SAMPLES, StageFolder, load_stage, recorded_ranges, stage_files
+from pi05c.stages import SAMPLES, STAGE_KEY, StageFolder, load_stage, recorded_ranges, stage_files
 
 
 def bisect(
@@ -159,7 +161,12 @@ def _dumped(folder: Path, options: RunOptions, calibration: Sequence[str | Path]
     try:
         steps = parse_passes(stage.pipeline, options.plugins)
     except UsageError as error:
-        missing = f"{error} (give the --plugin that the stages were dumped with)"
+        missing = f"the rewrite was not looked for: {error}"
+        if unknown := [name for name in named(stage.pipeline) if name not in REGISTRY]:
+            missing = (
+                f"the rewrite was not looked for, since {unknown[0]} is a pass of a plug-in: give the --plugin that the "
+                "stages were dumped with"
+            )
     return _Stages(
         files[numbers[0]], files, stage.pipeline, steps, missing, None, recorded_ranges(folder), samples
     )
@@ -241,10 +248,26 @@ def _told(error: Exception) -> str:
 # The search
 
 
+def _content(path: Path) -> str:
+    """SHA-256 of what a graph written by `pi05c.graph.io.save` computes: without its mark as a stage and without where
+    its weights lie."""
+    proto = onnx.load_model(path, load_external_data=False)
+    metadata = [entry for entry in proto.metadata_props if entry.key != STAGE_KEY]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(metadata)
+    for tensor in tensors(proto):
+        checksums = [entry for entry in tensor.external_data if entry.key == "checksum"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(checksums)
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+
+
 class _Search:
     def __init__(self, stages: _Stages, criterion: Criterion, folder: Path, update: Update) -> None:
         self.stages, self.criterion, self.folder, self.update = stages, criterion, folder, update
+        self.candidates = DataFolder(folder)
         self.trials: list[Trial] = []
+        self._judged: dict[tuple[str, float], Verdict] = {}
         self.verdicts: dict[int, Verdict] = {}
         self.limits = self._limits()
 
@@ -266,10 +289,13 @@ class _Search:
         return BisectResult(tuple(self.trials), guilty, start)
 
     def judge(self, title: str, path: Path, limit: float) -> Verdict:
+        """What the criterion says of a graph; a graph that was judged before under another title is not judged again."""
         self.update(None, title)
-        verdict = self.criterion.judge(path, title, limit)
-        self.trials.append(Trial(title, verdict))
-        return verdict
+        key = _content(path), limit
+        if key not in self._judged:
+            self._judged[key] = self.criterion.judge(path, title, limit)
+        self.trials.append(Trial(title, self._judged[key]))
+        return self._judged[key]
 
     # Passes
 
@@ -424,7 +450,7 @@ class _Rewrites:
             Pi05cError: the graph is good when the pass runs again.
         """
         start = _Judged(self._start, before)
-        first = self._judged(0, before)
+        first = self._judged(0)
         if not first.verdict.good:
             return _Pair(start, first, 0, None)
         every = self._ran(None)[1]
@@ -443,10 +469,8 @@ class _Rewrites:
         while high - low > 1:
             middle = (low + high) // 2
             if self._judged(middle).verdict.good:
-                self._drop(low)
                 low = middle
             else:
-                self._drop(high)
                 high = middle
         made = self._candidate(high).rewrites or ()
         names = made[high - 1] if len(made) >= high else ()
@@ -459,15 +483,12 @@ class _Rewrites:
             limit *= 2
         return limit
 
-    def _judged(self, limit: int | None, known: Verdict | None = None) -> _Judged:
-        """Judge the stage after so many rewrites; `known` is what is said of it if its opset is still the stage's."""
+    def _judged(self, limit: int | None) -> _Judged:
+        """Judge the stage after so many rewrites."""
         candidate = self._candidate(limit)
         verdict = candidate.verdict
         if verdict is None and candidate.path is not None:
-            if known is not None and load(candidate.path).graph.opset == load(self._start).graph.opset:
-                verdict = known
-            else:
-                verdict = self._search.judge(self._titled(limit), candidate.path, self._limit)
+            verdict = self._search.judge(self._titled(limit), candidate.path, self._limit)
             self._candidates[limit] = dataclasses.replace(candidate, verdict=verdict)
         assert verdict is not None
         return _Judged(candidate.path, verdict)
@@ -491,7 +512,7 @@ class _Rewrites:
         if rewrites is None:
             return _Candidate(None, None, verdict)
         try:
-            save(model, path, shared=DataFolder(path.parent))
+            save(model, path, shared=self._search.candidates)
         except Pi05cError:
             if verdict is None:
                 raise
@@ -511,13 +532,6 @@ class _Rewrites:
         except Exception as error:
             return model, None, _told(error)
         return model, result.rewrites, ""
-
-    def _drop(self, limit: int) -> None:
-        """Remove the files of a candidate that is out of question."""
-        path = self._candidates[limit].path
-        if path is not None:
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 # The reproducer

@@ -63,3 +63,59 @@ def test_a_command_decides(
     bad = pi05c("bisect", policy, "--passes", "dedupe", "--check", "false")
     assert bad.status == 2
     assert "before any pass has run" in bad.err
+
+
+def test_only_what_the_command_prints_is_bad(
+    pi05c: Command, policy: Path, wrecking_pass: str, tmp_path: Path
+) -> None:
+    compare = f"{sys.executable} -m pi05c diff {policy} {{}}"
+    command = ("bisect", policy, "--passes", PASSES, "-o", tmp_path / "found", "--json")
+    found = pi05c(*command, "--fail-regex", "initializers: .* changed", "--check", compare)
+    assert found.status == 1, found.err
+    assert json.loads(found.out)["guilty"]["names"] == ["project"]
+    other = pi05c(*command[:-3], "--fail-regex", "no such words", "--check", compare)
+    assert other.status == 0, other.out
+    malformed = pi05c(*command[:-3], "--fail-regex", "(", "--check", compare)
+    assert malformed.status == 2
+    assert "'(' is no regular expression" in malformed.err
+
+
+def test_artifacts_are_sorted(
+    pi05c: Command, policy: Path, wrecking_pass: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check = f"sh -c '{sys.executable} -m pi05c diff {policy} {{}} > seen.txt'"
+    options = ("--artifacts", "seen.txt", "--artifacts-dir", "sorted")
+    command = (
+        "bisect",
+        policy,
+        "--passes",
+        "dedupe,wreck",
+        "-o",
+        "found",
+        "--json",
+        *options,
+        "--check",
+        check,
+    )
+    result = pi05c(*command)
+    assert result.status == 1, result.err
+    assert [path.name for path in Path("sorted/good").iterdir()] == ["seen_00-input.txt"]
+    bad = Path("sorted/bad/seen_02-wreck.txt")
+    assert list(bad.parent.iterdir()) == [bad]
+    assert "1 changed" in bad.read_text()
+    assert not Path("seen.txt").exists()
+
+
+def test_equal_graphs_are_judged_once(
+    pi05c: Command, policy: Path, wrecking_pass: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+    check = f"sh -c 'echo run >> {log}; {sys.executable} -m pi05c diff --quiet {policy} {{}}'"
+    passes = "wreck,dedupe,disable_conv2d_quant"
+    command = ("bisect", policy, "--passes", passes, "-o", tmp_path / "found", "--json")
+    result = pi05c(*command, "--check", check)
+    assert result.status == 1, result.err
+    trials = [trial["graph"] for trial in json.loads(result.out)["trials"]]
+    assert {"00-input", "01-wreck", "01-wreck.0", "01-wreck.1", "03-disable_conv2d_quant"} <= set(trials)
+    assert log.read_text() == "run\n" * 2
