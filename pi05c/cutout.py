@@ -389,6 +389,8 @@ def _write_between(source: Path, border: Border, path: Path) -> None:
     """Write what lies between the tensors of a border."""
     model = load(source)
     known = _variables(model.graph)
+    if unmade := [name for name in (*border.inputs, *border.outputs) if name not in known]:
+        raise Pi05cError(f"nothing can be cut out of {source.name}, where no node makes {unmade[0]!r}")
     keep_between(
         model.graph, [known[name] for name in border.inputs], [known[name] for name in border.outputs]
     )

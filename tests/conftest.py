@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,37 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
             export_model(
                 reference_dir, model, prompt_length=REFERENCE_PROMPT_LENGTH, calibration=[observations]
             )
+            done.touch()
+    return model
+
+
+@pytest.fixture(scope="session")
+def deep_model(shared_tmp: Path) -> Path:
+    """`model.onnx` with random weights, deeper than the reference (7 layers), with two KV heads and a batch of two.
+
+    Made-up samples lie beside it. The file is shared like `tiny_model`.
+    """
+    pytest.importorskip("torch", reason="exporting the model needs the extra [torch]")
+    pytest.importorskip("onnxscript", reason="exporting the model needs the extra [torch]")
+    from filelock import FileLock  # a dependency of torch
+
+    from pi05c.frontend.config import Architecture, GemmaSizes, LanguageSizes, VisionSizes
+    from pi05c.frontend.export import export_model
+
+    layers, heads = 7, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    architecture = Architecture(
+        VisionSizes(width=32, depth=2, mlp_dim=64, num_heads=2, image_size=28, patch_size=14),
+        LanguageSizes(width=64, depth=layers, mlp_dim=128, vocab_size=64, **heads),
+        GemmaSizes(width=48, depth=layers, mlp_dim=96, **heads),
+    )
+    sizes = {"batch": 2, "prompt_length": 12, "horizon": 5, "steps": 3}
+    folder = shared_tmp / "deep_model"
+    model, config, done = folder / "model.onnx", folder / "config.json", folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.is_file():
+            folder.mkdir(exist_ok=True)
+            config.write_text(json.dumps({"architecture": asdict(architecture)}))
+            export_model(None, model, config=str(config), random=True, **sizes)
             done.touch()
     return model
 

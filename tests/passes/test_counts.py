@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import onnx_graphsurgeon as gs
 import pytest
@@ -70,32 +68,7 @@ def _tiny(request: pytest.FixtureRequest) -> Denoising:
 
 
 def _deep(request: pytest.FixtureRequest) -> Denoising:
-    """Deeper than the reference, with two KV heads and a batch of two."""
-    pytest.importorskip("torch", reason="exporting the model needs the extra [torch]")
-    pytest.importorskip("onnxscript", reason="exporting the model needs the extra [torch]")
-    from pi05c.frontend.config import Architecture, GemmaSizes, LanguageSizes, VisionSizes
-    from pi05c.frontend.export import export_model
-
-    layers, heads = 7, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    architecture = Architecture(
-        VisionSizes(width=32, depth=2, mlp_dim=64, num_heads=2, image_size=28, patch_size=14),
-        LanguageSizes(width=64, depth=layers, mlp_dim=128, vocab_size=64, **heads),
-        GemmaSizes(width=48, depth=layers, mlp_dim=96, **heads),
-    )
-    folder: Path = request.getfixturevalue("tmp_path_factory").mktemp("deep")
-    config = folder / "config.json"
-    config.write_text(json.dumps({"architecture": asdict(architecture)}))
-    export_model(
-        None,
-        folder / "model.onnx",
-        config=str(config),
-        random=True,
-        batch=2,
-        prompt_length=12,
-        horizon=5,
-        steps=3,
-    )
-    return compiled(load(folder / "model.onnx"), layers)
+    return compiled(load(request.getfixturevalue("deep_model")), 7)
 
 
 GRAPHS: dict[str, Callable[[pytest.FixtureRequest], Denoising]] = {
