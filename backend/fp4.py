@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from pi05c.graph.domains import TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, LARGEST
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.nvfp4 import DYNAMIC
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of E2M1 by code, signs aside (OCP MX specification 1.0, FP4)."""
@@ -35,9 +36,6 @@ def uses_fp4(graphs: Sequence[onnx.GraphProto]) -> bool:
         or any(_makes_fp4(node) for node in graph.node)
         for graph in graphs
     )
-
-
-DYNAMIC = "TRT_FP4DynamicQuantize"
 
 
 def _makes_fp4(node: onnx.NodeProto) -> bool:

@@ -8,12 +8,11 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.domains import TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, to_onnx
 from pi05c.graph.edit import Editor
-from pi05c.graph.nvfp4 import BLOCK, BlockCodes, BlockScales, global_scale
+from pi05c.graph.nvfp4 import BLOCK, DYNAMIC, BlockCodes, BlockScales, global_scale
 from pi05c.graph.weights import Transposed, weight_of
 from pi05c.passes.patterns.linear import Linear
 from pi05c.passes.patterns.walk import origin
 
-DYNAMIC = "TRT_FP4DynamicQuantize"
 SCALE_STEPS = (0, -1, 1, 4, 5)
 """Scales tried for a block of a weight, in E4M3 numbers from the one at which its largest element becomes 6: one more or
 less, and those at which it becomes 4, where the values of E2M1 lie closer. On Gaussian weights their squared error is

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
+from pi05c.graph.nvfp4 import DYNAMIC
 from pi05c.graph.sort import captured_by
 from pi05c.passes.patterns.attention import Attention, attention_operators, find_attention
 from pi05c.passes.patterns.flow import FlowStep, find_flow, flow_linears
@@ -33,7 +34,7 @@ FACTORS = ("Q", "K", "P", "V")
 """What the MatMuls of attention read: `P` stands for the probabilities."""
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
-_THROUGH = MOVING | QDQ
+_THROUGH = MOVING | QDQ | {DYNAMIC}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, LARGEST
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import Region, Weight
 
+DYNAMIC = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator that quantizes activations while the engine runs: codes and block scales."""
+
 BLOCK = 16
 """Elements that share an FP8 scale."""
 
