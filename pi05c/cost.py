@@ -151,10 +151,11 @@ def grouped(
 
 
 def cost_records(kernels: Sequence[Kernel], device: Device | None = None) -> list[CostRecord]:
-    """Costs by part, as the manifest holds them."""
+    """Costs by part and type, as the manifest holds them."""
     return [
         CostRecord(
             part=group.part,
+            dtype=group.dtype,
             flops=group.cost.flops,
             weight_bytes=group.cost.weight_bytes,
             activation_bytes=group.cost.activation_bytes,
@@ -162,7 +163,7 @@ def cost_records(kernels: Sequence[Kernel], device: Device | None = None) -> lis
             operators=group.cost.operators,
             seconds=group.cost.seconds,
         )
-        for group in grouped(kernels, device, by=("part",))
+        for group in grouped(kernels, device, by=("part", "dtype"))
     ]
 
 

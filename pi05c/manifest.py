@@ -90,9 +90,13 @@ class SkipRecord(_Record):
 
 
 class CostRecord(_Record):
-    """What one part of a graph costs (`pi05c.cost.Cost`); `seconds` is None where no GPU's rates are known."""
+    """What one part of a graph costs in one type (`pi05c.cost.Cost`); `seconds` is None where no GPU's rates are known.
+
+    `dtype` is what the operators compute in, as `pi05c cost` shows it; empty in records of all types together.
+    """
 
     part: str
+    dtype: str = ""
     flops: int
     weight_bytes: int
     activation_bytes: int

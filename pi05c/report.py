@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pi05c.folder import REPORT
 from pi05c.manifest import (
@@ -82,34 +82,36 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def cost_rows(pipeline: PipelineRecord) -> list[tuple[CostRecord, CostRecord]]:
-    """What each part, and all of them, cost before and after the passes; empty where that is not known."""
+def cost_rows(
+    pipeline: PipelineRecord, by: Literal["part", "dtype"] = "part"
+) -> list[tuple[str, CostRecord, CostRecord]]:
+    """What each part or type, and all of them, cost before and after the passes; empty where that is not known."""
     before = pipeline.cost
     after = pipeline.passes[-1].cost if pipeline.passes else before
     if not before or not after:
         return []
     rows = []
-    for name in dict.fromkeys(record.part for record in (*before, *after)):
-        old, new = ([record for record in side if record.part == name] for side in (before, after))
-        rows.append((_sum(name, old), _sum(name, new)))
-    return [*rows, (_sum("all", before), _sum("all", after))]
+    for name in dict.fromkeys(getattr(record, by) for record in (*before, *after)):
+        old, new = (_sum([each for each in side if getattr(each, by) == name]) for side in (before, after))
+        rows.append((name, old, new))
+    return [*rows, ("all", _sum(before), _sum(after))]
 
 
 def pass_costs(pipeline: PipelineRecord) -> list[tuple[str, CostRecord, CostRecord]]:
     """The passes that change what the graph costs: name, and the sum over all parts before and after each."""
     found = []
-    before = _sum("all", pipeline.cost)
+    before = _sum(pipeline.cost)
     for record in pipeline.passes:
-        after = _sum("all", record.cost)
+        after = _sum(record.cost)
         if record.cost and after != before:
             found.append((record.name, before, after))
         before = after
     return found
 
 
-def _sum(name: str, records: Sequence[CostRecord]) -> CostRecord:
+def _sum(records: Sequence[CostRecord]) -> CostRecord:
     return CostRecord(
-        part=name,
+        part="",
         flops=sum(record.flops for record in records),
         weight_bytes=sum(record.weight_bytes for record in records),
         activation_bytes=sum(record.activation_bytes for record in records),

@@ -167,11 +167,15 @@ def cost_record(part: str, kernels: int, seconds: float | None = None) -> CostRe
 def test_the_page_sets_costs_before_and_after_beside_each_other(policy: Path, tmp_path: Path) -> None:
     folder = pi05c.compile(policy, tmp_path / "engine", passes="fp16", backend="onnxruntime").folder
     manifest = read_manifest(folder)
-    assert [record.part for record in manifest.pipeline.cost] == ["prefix"]
+    assert {record.part for record in manifest.pipeline.cost} == {"prefix"}
     assert all(record.cost for record in manifest.pipeline.passes)
-    ((before, after), everything) = cost_rows(manifest.pipeline)
+    ((_, before, after), everything) = cost_rows(manifest.pipeline)
     assert after.activation_bytes < before.activation_bytes
-    assert everything[1].activation_bytes == after.activation_bytes
+    assert everything[2].activation_bytes == after.activation_bytes
+    by_type = {name: (old, new) for name, old, new in cost_rows(manifest.pipeline, "dtype")}
+    assert by_type["float16"][0].flops == 0
+    assert by_type["float16"][1].flops == by_type["float32"][0].flops > 0
+    assert by_type["all"][1] == everything[2]
     assert pass_costs(manifest.pipeline)[0][0] == "lower_precision"
     assert "Counted, not measured" in page_of(folder).text
 
@@ -187,7 +191,7 @@ def test_costs_of_a_pipeline_are_summed_over_parts_and_shown_where_they_change(t
         requested="", resolved="", passes=passes[:2], cost=plain, cost_device=f"GPU {HOSTILE}"
     )
     manifest = minimal_manifest(tmp_path).model_copy(update={"pipeline": pipeline})
-    assert [(old.kernels, new.kernels) for old, new in cost_rows(manifest.pipeline)] == [
+    assert [(old.kernels, new.kernels) for _, old, new in cost_rows(manifest.pipeline)] == [
         (5, 5),
         (7, 4),
         (12, 9),
