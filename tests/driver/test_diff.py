@@ -320,3 +320,15 @@ def test_stages_of_two_runs_have_no_passes(diff: Diff, stages: Path, tmp_path: P
     shutil.copytree(stages, tmp_path / "other")
     out = diff(stages / "00-input.onnx", tmp_path / "other" / "04-lower_precision.onnx", "--json")[1]
     assert json.loads(out)["passes"] == []
+
+
+@pytest.mark.parametrize("passes", ["default", "nvfp4"])
+def test_two_runs_of_one_compile_differ_in_nothing(
+    diff: Diff, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str
+) -> None:
+    """Each with ranges of its own, measured anew."""
+    for run_name in ("one", "two"):
+        arguments = ["--passes", passes, "--backend", "onnxruntime", "-o", str(tmp_path / run_name), "-q"]
+        monkeypatch.setenv("PI05C_CACHE", str(tmp_path / f"{run_name}-cache"))
+        assert cli.main([str(tiny_model), *arguments]) == 0
+    assert diff(tmp_path / "one", tmp_path / "two", "--names")[:2] == (0, "")
