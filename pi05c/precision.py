@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import is_float, name_of
+from pi05c.graph.dtypes import FLOAT4E2M1, is_float, name_of, to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.errors import UsageError
 from pi05c.manifest import OperatorRecord, PrecisionRecord
@@ -155,12 +155,15 @@ def product_dtype(node: gs.Node) -> str:
 
 
 def _quantized_type(tensor: gs.Tensor) -> str | None:
-    node = producer(tensor)
-    while node is not None and node.op in ("Cast", "Transpose"):  # behind the blocks of NVFP4
+    """What a factor is dequantized from; None where anything but the spelling of NVFP4 stands between, for then the
+    product is computed in the working precision."""
+    first = node = producer(tensor)
+    while node is not None and node.op in ("Cast", "Transpose"):
         node = producer(node.inputs[0])
     if node is None or node.op != "DequantizeLinear":
         return None
-    return name_of(node.inputs[0].dtype)
+    codes = node.inputs[0].dtype
+    return name_of(codes) if node is first or to_numpy(codes) == FLOAT4E2M1 else None
 
 
 def arithmetic_dtype(nodes: Iterable[gs.Node]) -> str:

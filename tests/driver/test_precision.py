@@ -65,6 +65,16 @@ def test_a_matmul_computes_in_what_both_its_dequantizers_read(
     assert (FP8 in dtypes_of(graph)) == (activation or weight)
 
 
+def test_a_transpose_behind_a_dequantizer_keeps_the_product_from_fp8(tmp_path: Path) -> None:
+    """Nothing may stand between a DequantizeLinear and its MatMul, but in the spelling of NVFP4."""
+    path = linear(tmp_path / "model.onnx", activation=True, weight=True)
+    proto = onnx.load(path)
+    proto.graph.node[-1].input[1] = "wt"
+    proto.graph.node.insert(3, helper.make_node("Transpose", ["wd"], ["wt"], name="wt", perm=[1, 0]))
+    onnx.save(proto, path)
+    assert [record.dtype for record in precision_of(load(path).graph)] == [f"{FP8} x float16"]
+
+
 def record(dtype: str) -> PrecisionRecord:
     return PrecisionRecord(part="prefix", kind="linear", dtype=dtype, count=1)
 
