@@ -125,41 +125,63 @@ def quantize_linears(
     stored_scales: dict[int, np.ndarray | None] = {}
     for linear in find_linears(graph):
         reason = _obstacle(linear, kept, keep)
+        if not reason and formats[id(linear.node)] == "fp8":
+            rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
+            reason = _to_fp8(linear, ctx, quantizers[id(linear.scope)], stored_scales, rows)
+        elif not reason:
+            reason = _to_nvfp4(linear, ctx, blocks[id(linear.scope)], formats[id(linear.node)])
         if reason:
             ctx.skip(linear.node, reason)
             continue
-        assert ctx.ranges is not None
-        dtype = working_precision(linear.node)
-        amax = ctx.ranges.amax(linear.activation)
-        if amax is None or dtype is None:
-            ctx.skip(linear.node, f"the range of {linear.activation.name!r} was not measured")
-            continue
-        if (chosen := formats[id(linear.node)]) != "fp8":
-            reason = _fp4_obstacle(linear, amax, chosen)
-            if reason:
-                ctx.skip(linear.node, reason)
-                continue
+        if formats[id(linear.node)] == "nvfp4":
             declare_domain(graph, TENSORRT_DOMAIN, 1)
-            _quantize_blocks(linear, amax, dtype, chosen, blocks[id(linear.scope)])
-            ctx.changed(linear.node)
-            continue
-        scale = activation_scale(amax, dtype)
-        if id(linear.weight) not in stored_scales:
-            stored_scales[id(linear.weight)] = weight_scale(
-                weight_of(linear.weight), dtype, fitted=not ctx.dry
-            )
-        stored_scale = stored_scales[id(linear.weight)]
-        if scale is None or stored_scale is None:
-            which = linear.activation if scale is None else linear.weight
-            ctx.skip(linear.node, f"the range of {which.name!r} gives no usable scale in {dtype}")
-            continue
-        quantizer = quantizers[id(linear.scope)]
-        linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
-        rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
-        linear.node.inputs[1] = quantizer.weight(linear, stored_scale, rows)
-        if linear.node.op == "Gemm":
-            linear.node.attrs.pop("transB", None)
         ctx.changed(linear.node)
+
+
+def _to_fp8(
+    linear: Linear,
+    ctx: PassContext,
+    quantizer: Quantizer,
+    scales: dict[int, np.ndarray | None],
+    rows: Sequence[Weight],
+) -> str:
+    """Quantize both factors to FP8, or say why not; `scales` are those of the weights so far, by `id`."""
+    amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
+    if amax is None or dtype is None:
+        return f"the range of {linear.activation.name!r} was not measured"
+    key = id(linear.weight)
+    if key not in scales:
+        scales[key] = weight_scale(weight_of(linear.weight), dtype, fitted=not ctx.dry)
+    scale, stored_scale = activation_scale(amax, dtype), scales[key]
+    if scale is None or stored_scale is None:
+        which = linear.activation if scale is None else linear.weight
+        return f"the range of {which.name!r} gives no usable scale in {dtype}"
+    linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
+    linear.node.inputs[1] = quantizer.weight(linear, stored_scale, rows)
+    linear.node.attrs.pop("transB", None)
+    return ""
+
+
+def _to_nvfp4(linear: Linear, ctx: PassContext, quantizer: BlockQuantizer, chosen: Format) -> str:
+    """Quantize the weight, and with `nvfp4` the activation, in blocks, or say why not."""
+    amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
+    if amax is None or dtype is None:
+        return f"the range of {linear.activation.name!r} was not measured"
+    if not (np.isfinite(amax) and amax > 0 and 0 < weight_of(linear.weight).amax() < np.inf):
+        return "its activation or its weight is zero or not finite"
+    shape = static_shape(linear.activation)
+    if chosen == "nvfp4" and (shape is None or len(shape) not in DYNAMIC_RANKS):
+        return f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
+    if chosen == "nvfp4":
+        linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
+    linear.node.inputs[1] = quantizer.weight(linear, dtype)
+    linear.node.attrs.pop("transB", None)
+    return ""
+
+
+def _range_of(linear: Linear, ctx: PassContext) -> float | None:
+    assert ctx.ranges is not None
+    return ctx.ranges.amax(linear.activation)
 
 
 def _formats_of(
@@ -181,25 +203,6 @@ def _formats_of(
 def _named(linear: Linear, patterns: Collection[str]) -> bool:
     names = (linear.node.name, linear.weight.name)
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
-
-
-def _fp4_obstacle(linear: Linear, amax: float, chosen: Format) -> str:
-    if not (np.isfinite(amax) and amax > 0 and 0 < weight_of(linear.weight).amax() < np.inf):
-        return "its activation or its weight is zero or not finite"
-    shape = static_shape(linear.activation)
-    if chosen == "nvfp4" and (shape is None or len(shape) not in DYNAMIC_RANKS):
-        return f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
-    return ""
-
-
-def _quantize_blocks(
-    linear: Linear, amax: float, dtype: np.dtype[np.generic], chosen: Format, quantizer: BlockQuantizer
-) -> None:
-    if chosen == "nvfp4":
-        linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
-    linear.node.inputs[1] = quantizer.weight(linear, dtype)
-    if linear.node.op == "Gemm":
-        linear.node.attrs.pop("transB", None)
 
 
 def _sampled(tensors: Sequence[gs.Tensor], ranges: Ranges | None) -> list[Weight]:
