@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,9 @@ from command_line import Command
 from full_size import write_full_size
 from small_policy import policy
 
-from pi05c.passes import PRESETS, REGISTRY
+from pi05c.passes import PRESETS
 
 __all__ = ["policy"]
-
-
-@pytest.fixture(autouse=True)
-def _no_passes_left() -> Iterator[None]:
-    """Take the passes of plug-ins out again."""
-    before = dict(REGISTRY)
-    yield
-    REGISTRY.clear()
-    REGISTRY.update(before)
 
 
 @pytest.fixture(scope="module")
