@@ -16,7 +16,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[torch,rtx,dev]'
+	$(PIP) -e '.[torch,rtx,dask,dev]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
