@@ -81,6 +81,10 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = _processors() if threads is None else threads
         options.log_severity_level = _ERRORS_ONLY
+        options.enable_cpu_mem_arena = (
+            False  # it keeps what one run took, and outputs in it keep it beyond the session
+        )
+        options.enable_mem_pattern = False  # the second run would take all that the first did, in one block
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
         model: str | bytes = str(path)
         if lowered.changed or outputs is not None or edit is not None:

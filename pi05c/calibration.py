@@ -64,12 +64,14 @@ class MeasuredRanges(Ranges):
         graph_sha256: of the graph and its weights (`graph_sha256`).
         data_sha256: of the samples (`Samples.sha256`).
         samples: how many there were.
+        cached: whether they were measured by an earlier run.
     """
 
     left_out: Mapping[str, str] = field(default_factory=dict)
     graph_sha256: str = ""
     data_sha256: str = ""
     samples: int = 0
+    cached: bool = False
 
 
 def measure_ranges(
@@ -176,6 +178,7 @@ def cached_ranges(
     threads: int | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
+    fresh: bool = False,
 ) -> MeasuredRanges:
     """As `measure_ranges`, unless the same was measured before.
 
@@ -184,14 +187,15 @@ def cached_ranges(
 
     Args:
         cache_dir: None: `default_cache_dir()`.
+        fresh: measure though it was.
     """
     graph_hash = graph_sha256(model)
     rows = rows or {}
     path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, tensors, rows, samples)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Pi05cError):
         ranges = _read(path)
-        if _answers(ranges, graph_hash, [*tensors, *rows], samples):
-            return dataclasses.replace(ranges, source=samples.source)
+        if not fresh and _answers(ranges, graph_hash, [*tensors, *rows], samples):
+            return dataclasses.replace(ranges, source=samples.source, cached=True)
     ranges = _measure(model, tensors, rows, samples, graph_hash, threads, progress, scratch)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx
+import onnx_graphsurgeon as gs
 
 from pi05c.backend.devices import device_of
-from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.tensorrt import trtexec_script
 from pi05c.building import (
     Builder,
@@ -24,7 +23,7 @@ from pi05c.building import (
     refuse_unsupported,
     refuse_without_profile,
 )
-from pi05c.chain import load_chain
+from pi05c.checkpoint import Finished, RewrittenRecord, keep, key_of, take_over
 from pi05c.comparison import Comparison, OutputError, compare
 from pi05c.extraction import Grouping, PartGraph
 from pi05c.fitting import planned_inputs
@@ -37,11 +36,14 @@ from pi05c.folder import (
     check_output,
     failed,
     rejected,
+    remove_unfinished,
     scratch,
+    unfinished,
 )
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError, VerificationError
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
+from pi05c.graph.specialization import FixedInput
 from pi05c.handover import narrow_borders
 from pi05c.inspection import data_files, source_of, tensor_records, with_fixed
 from pi05c.manifest import (
@@ -52,29 +54,27 @@ from pi05c.manifest import (
     Manifest,
     PartRecord,
     PipelineRecord,
+    SourceRecord,
     TensorRecord,
     VerificationRecord,
     file_records,
     write_manifest,
 )
-from pi05c.observation import Observation, ObservedRunner
-from pi05c.passes import pipeline
+from pi05c.observation import Observation
 from pi05c.passrun import RunOptions, RunSamples, plan, samples_for
 from pi05c.precision import default_limit, dtypes_of, operators_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
 from pi05c.reproducer import Request, keep_failure
 from pi05c.rewriting import PassFailedError, Piece, rewrite
+from pi05c.sampleruns import Outputs, PlainRun, only, plain_run, run_all, simulation
 from pi05c.samples import Samples, save_samples
-from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of, run_plain
+from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of
 
 _RECORDED_VERSIONS = ("pi05c", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "ml_dtypes")
 
-Outputs = list[dict[str, Array]]
-"""Tensors by name, one mapping a sample."""
-
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]
-"""Runs a graph, or several in a chain, on one sample."""
+_DEPENDS_ON = (*_RECORDED_VERSIONS, "onnx-ir", "tensorrt", "tensorrt-rtx")
+"""Packages that what a compile makes depends on."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def compile(
     backend: str | None = None,
     max_error: float | None = None,
     cache: Path | None = None,
+    fresh: bool = False,
     progress: Progress | None = None,
     options: RunOptions | None = None,
     **build_options: Any,
@@ -121,6 +122,7 @@ def compile(
         max_error: largest relative L2 error of any output of a held-back sample; None for the limit of the
             precision that the graph has (`pi05c.precision.LIMITS`).
         cache: folder of measured ranges; None for the user's.
+        fresh: forget what an earlier run of the same finished, and measure ranges again.
         options: how the run of passes is looked at.
         build_options: further fields of `pi05c.backend.tensorrt.BuildOptions`.
 
@@ -131,14 +133,109 @@ def compile(
             before it and the way to repeat it are kept as OUTPUT.failed-pass.
         BuildError: the builder failed; the graph and the way to repeat it are kept as OUTPUT.failed.
     """
-    progress, options = progress or Progress(), options or RunOptions()
-    path, output = Path(model), Path(output)
+    progress, options, output = progress or Progress(), options or RunOptions(), Path(output)
+    refuse_limit(max_error)
+    job = _prepare(
+        Path(model),
+        output,
+        passes,
+        split,
+        calibration,
+        target,
+        backend,
+        max_error,
+        options,
+        build_options,
+        progress,
+    )
+    with scratch(output) as work:
+        finished = take_over(work, output, job.key, fresh=fresh)
+        if finished is not None:
+            progress.note(f"goes on with what an earlier run of this finished: {finished.told}")
+        if finished is None or finished.manifest is None:
+            with Observation.beside(work.folder) as observation:
+                calibrated = job.measured if finished is None and job.uses_ranges else None
+                plain = plain_run(job.path, job.parts, calibrated, job.held_back, observation, progress)
+                if finished is None:
+                    finished = _rewrite(job, output, work, plain, cache, fresh, progress)
+                manifest = _verify(job, output, work, finished, plain.held_back, observation, progress)
+            finished = finished.model_copy(update={"manifest": manifest})
+            keep(work, finished)
+        manifest = _build(work, output, job.builder, finished, progress)
+        with progress.stage("publish"):
+            manifest = _publish(work, output, manifest)
+            remove_unfinished(unfinished(output))
+    return CompileResult(output, manifest, {stage.title: stage.seconds for stage in progress.stages})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is compiled and how, known before anything is written.
+
+    Attributes:
+        requested: the passes, as they were asked for.
+        by_part: the passes of each piece, by its place.
+        parts: of a policy that is split.
+        fixed: values of inputs that passes fix.
+        key: of what the result depends on; empty for a run that is looked at, which starts from the beginning.
+    """
+
+    path: Path
+    requested: str
+    by_part: dict[str, PartPasses]
+    grouping: Grouping | None
+    options: RunOptions
+    builder: Builder
+    plain: Model
+    parts: list[PartGraph] | None
+    samples: RunSamples | None
+    source: SourceRecord
+    fixed: Sequence[FixedInput]
+    max_error: float | None
+    calibration: Sequence[Path | str]
+    target: str | None
+    key: str
+
+    @property
+    def measured(self) -> Samples | None:
+        """The samples that serve calibration."""
+        return None if self.samples is None else self.samples.measured
+
+    @property
+    def held_back(self) -> Samples | None:
+        """The samples that serve verification."""
+        return None if self.samples is None else self.samples.held_back
+
+    @property
+    def uses_ranges(self) -> bool:
+        """Whether a pass is calibrated."""
+        return any(step.spec.ranges for chosen in self.by_part.values() for step in chosen.plan.steps)
+
+    @property
+    def outputs(self) -> list[TensorRecord]:
+        """What the policy returns."""
+        return tensor_records(self.plain.graph.outputs)
+
+
+def _prepare(
+    path: Path,
+    output: Path,
+    passes: str | None,
+    split: str | None,
+    calibration: Sequence[Path | str],
+    target: str | None,
+    backend: str | None,
+    max_error: float | None,
+    options: RunOptions,
+    build_options: Mapping[str, Any],
+    progress: Progress,
+) -> _Job:
+    """Read what is to be compiled; refuse what cannot be."""
     if path.is_dir():
         raise Pi05cError(
             f"{path} is a folder, but an ONNX file is compiled: pi05c export makes one of a checkpoint, and "
             "pi05c build makes the plan of an engine folder"
         )
-    refuse_limit(max_error)
     grouping = None if split is None else parse_split(split)
     by_part = _passes_of(passes, grouping, options)
     steps = [step for chosen in by_part.values() for step in chosen.plan.steps]
@@ -157,114 +254,189 @@ def compile(
         plain = load(path)
         given = [Path(item) for item in calibration if str(item) != "synthetic"]
         check_output(output, inputs=[path, *data_files(plain), *given])
-        inputs, outputs = tensor_records(plain.graph.inputs), tensor_records(plain.graph.outputs)
         parts = None if grouping is None else cut(path, grouping)
-        refuse_without_profile(builder, inputs)
-        fixed = planned_inputs(plain, steps)
+        refuse_without_profile(builder, tensor_records(plain.graph.inputs))
         samples = samples_for(plain, steps, calibration, progress)
         source = source_of(plain)
-    measured = None if samples is None else samples.measured
-    held_back = None if samples is None else samples.held_back
+    return _Job(
+        path=path,
+        requested=passes or "default",
+        by_part=by_part,
+        grouping=grouping,
+        options=options,
+        builder=builder,
+        plain=plain,
+        parts=parts,
+        samples=samples,
+        source=source,
+        fixed=planned_inputs(plain, steps),
+        max_error=max_error,
+        calibration=calibration,
+        target=target,
+        key=_key(options, passes, by_part, builder, samples, source, max_error),
+    )
 
-    with scratch(output) as work, Observation.beside(work.folder) as observation:
-        if parts is None:
-            chosen = by_part[""]
-            current = plain if chosen.plan.start is None else chosen.plan.load(path)
-            pieces = [Piece("", current, chosen.requested, chosen.plan, measured, held_back=held_back)]
-            reference = _run_all(
-                lambda: _observed_plain(path, observation), held_back, progress, "run the plain graph"
-            )
-        else:
-            run = _plain_run(path, parts, steps, measured, held_back, observation, progress)
-            pieces = pieces_of(parts, by_part, measured, run.measured, work.folder)
-            reference = run.held_back
-        device = device_of(builder.targets[0]) if builder.targets else None
-        rewritten = []
-        for piece in pieces:
-            try:
-                result = rewrite(
-                    piece,
-                    progress,
-                    options,
-                    targets=builder.targets,
-                    cache=cache,
-                    scratch=work.folder,
-                    reads={path, *(() if samples is None else samples.files)},
-                    device=device,
-                )
-            except PassFailedError as failure:
-                request = Request(path, options, calibration, target)
-                raise _kept_failure(output, failure, piece, request, grouping) from failure.cause
-            rewritten.append(result)
-        narrow_borders([piece.model for piece in pieces], {record.name for record in outputs})
-        for piece in pieces:
-            refuse_unsupported(builder.targets, dtypes_of(piece.model.graph))
-        for piece in pieces:
-            with progress.stage(piece.title("write the graph")):
-                save(piece.model, work.folder / piece.place / GRAPH)
-        precision = precision_of(*(piece.model.graph for piece in pieces))
-        limit = max_error
-        if limit is None:
-            limit = default_limit(precision, weights_random=source.weights_random)
-        simulated = _run_all(
-            lambda: _simulation(work.folder, pieces, outputs, observation),
-            held_back,
-            progress,
-            "run the rewritten graph",
-        )
-        observation.end()
-        verification = None
-        if held_back is not None:
-            actions = _only(reference, [record.name for record in outputs])
-            verification = verification_record(compare(actions, simulated), limit).model_copy(
-                update={
-                    "drift": observation.drift(),
-                    "layers": observation.layers(),
-                    "layer_samples": observation.samples,
-                    "quantizers": observation.quantizers(),
-                }
-            )
-            save_samples(
-                work.folder / SAMPLES,
-                [{**held_back[i], **actions[i]} for i in range(len(held_back))],
-                synthetic=held_back.synthetic,
-            )
-            inputs, outputs = _with_ranges(inputs, held_back), _with_ranges(outputs, actions)
-        else:
-            progress.warn("there are no samples, so nothing was verified: give --calibration FILE.npz")
-        manifest = Manifest(
-            format=FORMAT,
-            versions=_versions(),
-            source=source,
-            pipeline=rewritten[0].pipeline if parts is None else _asked(passes or "default", pieces),
-            inputs=with_fixed(inputs, fixed),
-            outputs=outputs,
-            precision=precision,
-            calibration=_calibration_record(samples)
-            if samples is not None and any(result.calibrated for result in rewritten)
-            else None,
-            verification=verification,
-            engine=engine_record(builder),
-            files={},
-            parts=[
-                _part_record(piece, result.pipeline, engine_record(builder), outputs, reference, simulated)
-                for piece, result in zip(pieces, rewritten, strict=True)
-                if piece.place
+
+def _key(
+    options: RunOptions,
+    passes: str | None,
+    by_part: Mapping[str, PartPasses],
+    builder: Builder,
+    samples: RunSamples | None,
+    source: SourceRecord,
+    max_error: float | None,
+) -> str:
+    """The hash of all that a result depends on; empty where that cannot be known or the passes are looked at."""
+    looks = replace(options, rewrite_limit=(), stop_after=None)
+    if looks != RunOptions():
+        return ""
+    built = builder.options
+    return key_of(
+        {
+            "source": source.model_dump(mode="json"),
+            "passes": [passes, {place: chosen.plan.text for place, chosen in by_part.items()}],
+            "limits": [options.rewrite_limit, options.stop_after],
+            "samples": samples
+            and [
+                [part.sha256, part.source, part.synthetic] for part in (samples.measured, samples.held_back)
             ],
-            operators=operators_of(*(piece.model.graph for piece in pieces)),
-        )
-        if verification is not None and not verification.passed:
-            worst = verification.worst()
-            kept = _keep(work, rejected(output), manifest, "the graph failed verification")
-            raise VerificationError(
-                f"{worst.output} of held-back sample {worst.sample} has a relative L2 error of "
-                f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}{_first_departure(verification)}: the result "
-                f"{kept} and must not be deployed; leave out passes, or raise --max-error if this is acceptable"
+            "max_error": max_error,
+            "targets": [target.name for target in builder.targets],
+            "engine": built and repr(replace(built, time_limit_s=None, verbose=False, timing_cache=None)),
+            "obstacle": builder.obstacle,
+            "versions": {name: _version(name) for name in _DEPENDS_ON},
+        }
+    )
+
+
+def _rewrite(
+    job: _Job,
+    output: Path,
+    work: Scratch,
+    plain: PlainRun,
+    cache: Path | None,
+    fresh: bool,
+    progress: Progress,
+) -> Finished:
+    """Take each piece through its passes and write its graph."""
+    if job.parts is None:
+        chosen = job.by_part[""]
+        current = job.plain if chosen.plan.start is None else chosen.plan.load(job.path)
+        pieces = [Piece("", current, chosen.requested, chosen.plan, job.measured, held_back=job.held_back)]
+    else:
+        pieces = pieces_of(job.parts, job.by_part, job.measured, plain.measured, work.folder)
+    targets = job.builder.targets
+    records = []
+    for piece in pieces:
+        try:
+            result = rewrite(
+                piece,
+                progress,
+                job.options,
+                targets=targets,
+                cache=cache,
+                fresh=fresh,
+                scratch=work.folder,
+                reads={job.path, *(() if job.samples is None else job.samples.files)},
+                device=device_of(targets[0]) if targets else None,
             )
-        manifest = _build(work, output, builder, manifest, progress)
-        with progress.stage("publish"):
-            manifest = _publish(work, output, manifest)
-    return CompileResult(output, manifest, {stage.title: stage.seconds for stage in progress.stages})
+        except PassFailedError as failure:
+            request = Request(job.path, job.options, job.calibration, job.target)
+            raise _kept_failure(output, failure, piece, request, job.grouping) from failure.cause
+        records.append(
+            RewrittenRecord(
+                place=piece.place, pipeline=result.pipeline, calibrated=result.calibrated, runs=piece.runs
+            )
+        )
+    narrow_borders([piece.model for piece in pieces], {record.name for record in job.outputs})
+    for piece in pieces:
+        refuse_unsupported(targets, dtypes_of(piece.model.graph))
+    for piece in pieces:
+        with progress.stage(piece.title("write the graph")) as update:
+            save(piece.model, work.folder / piece.place / GRAPH, update=update)
+    finished = Finished(key=job.key, rewritten=records)
+    keep(work, finished)
+    return finished
+
+
+def _verify(
+    job: _Job,
+    output: Path,
+    work: Scratch,
+    finished: Finished,
+    reference: Outputs,
+    observation: Observation,
+    progress: Progress,
+) -> Manifest:
+    """Run the rewritten graphs against the plain one, and say in a manifest what they are.
+
+    Raises:
+        VerificationError: the error is beyond the limit; the result is kept aside.
+    """
+    graphs = {record.place: load(work.folder / record.place / GRAPH).graph for record in finished.rewritten}
+    precision = precision_of(*graphs.values())
+    limit = job.max_error
+    if limit is None:
+        limit = default_limit(precision, weights_random=job.source.weights_random)
+    inputs, outputs = tensor_records(job.plain.graph.inputs), job.outputs
+    names = [record.name for record in outputs]
+    runs = {record.place: record.runs for record in finished.rewritten}
+    simulated = run_all(
+        lambda: simulation(work.folder, runs, names, observation),
+        job.held_back,
+        progress,
+        "run the rewritten graph",
+    )
+    observation.end()
+    verification = None
+    if job.held_back is not None:
+        actions = only(reference, names)
+        verification = verification_record(compare(actions, simulated), limit).model_copy(
+            update={
+                "drift": observation.drift(),
+                "layers": observation.layers(),
+                "layer_samples": observation.samples,
+                "quantizers": observation.quantizers(),
+            }
+        )
+        save_samples(
+            work.folder / SAMPLES,
+            [{**sample, **acted} for sample, acted in zip(job.held_back, actions, strict=True)],
+            synthetic=job.held_back.synthetic,
+        )
+        inputs, outputs = _with_ranges(inputs, job.held_back), _with_ranges(outputs, actions)
+    else:
+        progress.warn("there are no samples, so nothing was verified: give --calibration FILE.npz")
+    calibrated = any(record.calibrated for record in finished.rewritten)
+    engine = engine_record(job.builder)
+    manifest = Manifest(
+        format=FORMAT,
+        versions=_versions(),
+        source=job.source,
+        pipeline=_asked(job.requested, finished) if job.parts else finished.rewritten[0].pipeline,
+        inputs=with_fixed(inputs, job.fixed),
+        outputs=outputs,
+        precision=precision,
+        calibration=_calibration_record(job.samples) if job.samples is not None and calibrated else None,
+        verification=verification,
+        engine=engine,
+        files={},
+        parts=[
+            _part_record(record, graphs[record.place], engine, outputs, reference, simulated)
+            for record in finished.rewritten
+            if record.place
+        ],
+        operators=operators_of(*graphs.values()),
+    )
+    if verification is not None and not verification.passed:
+        worst = verification.worst()
+        kept = _keep(work, rejected(output), manifest, "the graph failed verification")
+        raise VerificationError(
+            f"{worst.output} of held-back sample {worst.sample} has a relative L2 error of "
+            f"{worst.relative_l2:.4g}, beyond the limit of {limit:g}{_first_departure(verification)}: the result "
+            f"{kept} and must not be deployed; leave out passes, or raise --max-error if this is acceptable"
+        )
+    return manifest
 
 
 def verification_record(comparison: Comparison, limit: float) -> VerificationRecord:
@@ -307,118 +479,41 @@ def _passes_of(text: str | None, grouping: Grouping | None, options: RunOptions)
     return {"": PartPasses(text or ("default" if chosen.start is None else chosen.text), chosen)}
 
 
-def _runs(path: Path, edit: Callable[[onnx.ModelProto], None]) -> Run:
-    """Runs a graph on samples that may hold more than it takes, such as inputs that were fixed."""
-    runner = load_runner(path, edit=edit)
-    names = [spec.name for spec in runner.inputs]
-    return lambda sample: runner.run({name: sample[name] for name in names})
-
-
-def _observed_plain(path: Path, observation: Observation) -> Run:
-    """Runs the plain graph and keeps what is observed of it."""
-    observer = observation.plain(path)
-    run = _runs(path, observer.edit)
-    return lambda sample: observer.take(run(sample))
-
-
-def _simulation(
-    folder: Path, pieces: Sequence[Piece], outputs: Sequence[TensorRecord], observation: Observation
-) -> Run:
-    """What runs the rewritten graphs in onnxruntime, observed."""
-    if len(pieces) == 1 and not pieces[0].place:
-        runner = observation.rewritten(folder / GRAPH)
-        names = [spec.name for spec in runner.inputs]
-        return lambda sample: runner.run({name: sample[name] for name in names})
-    runs = {piece.place: piece.runs for piece in pieces}
-    places, names = list(runs), [record.name for record in outputs]
-
-    def load_part(place: str) -> ObservedRunner:
-        return observation.rewritten(folder / place / GRAPH, runs=runs[place], place=place)
-
-    return load_chain(folder, places, names, load=load_part).run_all
-
-
-@dataclass(frozen=True)
-class _PlainRun:
-    """What the plain graph gave, borders included; None where nothing is calibrated."""
-
-    measured: Outputs | None
-    held_back: Outputs
-
-
-def _plain_run(
-    path: Path,
-    parts: Sequence[PartGraph],
-    steps: Sequence[pipeline.Step],
-    measured: Samples | None,
-    held_back: Samples | None,
-    observation: Observation,
-    progress: Progress,
-) -> _PlainRun:
-    """Run the whole plain graph once a sample, for verification and for what parts are calibrated on."""
-    if measured is None or held_back is None:
-        return _PlainRun(None, [])
-    observer = observation.plain(path)
-    if not any(step.spec.ranges is not None for step in steps):
-        return _PlainRun(None, run_plain(path, parts, held_back, progress, observer))
-    if held_back is measured:
-        spaces = run_plain(path, parts, measured, progress, observer)
-        return _PlainRun(spaces, spaces)
-    held = run_plain(path, parts, held_back, progress, observer)
-    return _PlainRun(run_plain(path, parts, measured, progress), held)
-
-
-def _run_all(load: Callable[[], Run], samples: Samples | None, progress: Progress, title: str) -> Outputs:
-    if samples is None:
-        return []
-    with progress.stage(title) as update:
-        run = load()
-        results = []
-        for index, sample in enumerate(samples):
-            update(index / len(samples), f"sample {index + 1} of {len(samples)}")
-            results.append(run(sample))
-        return results
-
-
-def _only(spaces: Outputs, names: Sequence[str]) -> Outputs:
-    """Some tensors of each sample; those that it lacks are left out."""
-    return [{name: space[name] for name in names if name in space} for space in spaces]
-
-
-def _asked(passes: str, pieces: Sequence[Piece]) -> PipelineRecord:
+def _asked(passes: str, finished: Finished) -> PipelineRecord:
     """What was asked for of a split engine; what the passes did is told part by part."""
-    resolved = ",".join(f"{piece.place}={piece.plan.text}" for piece in pieces)
+    resolved = ",".join(f"{record.place}={record.pipeline.resolved}" for record in finished.rewritten)
     return PipelineRecord(requested=passes, resolved=resolved, passes=[])
 
 
 def _part_record(
-    piece: Piece,
-    record: PipelineRecord,
+    record: RewrittenRecord,
+    graph: gs.Graph,
     engine: EngineRecord,
     policy_outputs: Sequence[TensorRecord],
     reference: Outputs,
     simulated: Outputs,
 ) -> PartRecord:
     """What the manifest says of a part; its errors are those of what it hands over."""
-    graph = piece.model.graph
     inputs, outputs = tensor_records(graph.inputs), tensor_records(graph.outputs)
-    own = {record.name for record in policy_outputs}
-    handed = _only(reference, [record.name for record in outputs if record.name not in own])
+    own = {tensor.name for tensor in policy_outputs}
+    handed = only(reference, [tensor.name for tensor in outputs if tensor.name not in own])
     errors = compare(handed, simulated).errors if any(handed) else ()
     return PartRecord(
-        name=piece.place,
-        pipeline=record,
+        name=record.place,
+        pipeline=record.pipeline,
         inputs=_with_ranges(inputs, reference),
         outputs=_with_ranges(outputs, reference),
         precision=precision_of(graph),
         errors=_error_records(errors),
         engine=engine,
-        runs=piece.runs,
+        runs=record.runs,
     )
 
 
-def _build(work: Scratch, output: Path, builder: Builder, manifest: Manifest, progress: Progress) -> Manifest:
-    """Make the plans, or the scripts that make them; the manifest with them."""
+def _build(work: Scratch, output: Path, builder: Builder, finished: Finished, progress: Progress) -> Manifest:
+    """Make the plans that are not made yet, or the scripts that make them; the manifest with them."""
+    manifest = finished.manifest
+    assert manifest is not None
     if builder.options is None:
         return manifest
     if builder.obstacle is not None:
@@ -430,6 +525,8 @@ def _build(work: Scratch, output: Path, builder: Builder, manifest: Manifest, pr
         progress.note(f"{builder.obstacle}: {SCRIPT} in the folder makes the plan on the device")
         return manifest
     for place in manifest.places:
+        if place in finished.built:
+            continue
         title = f"build the engine of {place}" if place else "build the engine"
         folder = work.folder / place
         with progress.stage(title) as update:
@@ -440,6 +537,8 @@ def _build(work: Scratch, output: Path, builder: Builder, manifest: Manifest, pr
                 message = str(error).replace(str(work.folder), str(failed(output)))
                 raise BuildError(message) from error
         manifest = manifest.with_engine(place, built(manifest.engine_of(place), result, place))
+        finished = finished.model_copy(update={"manifest": manifest, "built": [*finished.built, place]})
+        keep(work, finished)
     return manifest
 
 

@@ -1,8 +1,9 @@
 """The output folder: written beside its place, exchanged by rename, never half there.
 
 A run works in a scratch folder next to the output. `Scratch.publish` puts it in the output's place in one step;
-whatever else ends the run, an error, Ctrl-C or SIGTERM, removes the scratch and leaves the old output as it was.
-What a killed process left behind is removed by the next run with the same output.
+whatever else ends the run, an error, Ctrl-C or SIGTERM, removes the scratch and leaves the old output as it was. What a
+killed process left behind is removed by the next run with the same output. Files that a run finished and said to keep
+(`Scratch.keep`) are not removed with the scratch but put beside the output as `OUTPUT.unfinished`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pi05c.graph.errors import Pi05cError
 
@@ -37,6 +39,9 @@ the graph that makes its rows. Of a split engine, graph and plan lie in a subfol
 
 FAILED_BUILD = "failed-build"
 """Subfolder with the log of a failed build and the command that repeats it."""
+
+CHECKPOINT = "checkpoint.json"
+"""The file in a scratch folder, or an unfinished one, that says what of it is finished."""
 
 _MADE_LATER = (PLAN, REPORT, "timing.cache", f"{PLAN}.cache")
 """What `build_engine.sh`, `pi05c build` and TensorRT-RTX at run time write into a folder that has its manifest."""
@@ -95,6 +100,18 @@ def failed_pass(output: Path) -> Path:
     return place.with_name(f"{place.name}.failed-pass")
 
 
+def unfinished(output: Path) -> Path:
+    """Where what a run finished is kept if it ended before the rest."""
+    place = output.resolve()
+    return place.with_name(f"{place.name}.unfinished")
+
+
+def remove_unfinished(place: Path) -> None:
+    """Remove an unfinished folder, if it is one."""
+    if (place / CHECKPOINT).is_file():
+        shutil.rmtree(place, ignore_errors=True)
+
+
 class Scratch:
     """A folder next to `output` that is to take its place.
 
@@ -116,6 +133,7 @@ class Scratch:
         """
         check_output(output)
         place = output.resolve()
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
         _sync(self.folder)
         if place.exists():
             _exchange(self.folder, place)
@@ -124,9 +142,24 @@ class Scratch:
             self.folder.rename(place)
         self._created_parents.clear()
 
+    def keep(self, files: Iterable[str], about: dict[str, Any]) -> None:
+        """Keep files, should the run end before it publishes, in place of those that were kept before.
+
+        Args:
+            files: paths relative to the folder; they are on the disk when this returns.
+            about: JSON values for whoever takes the files over.
+        """
+        names = sorted(files)
+        for name in names:
+            _sync_file(self.folder / name)
+        partial = self.folder / f".{CHECKPOINT}.partial"
+        partial.write_text(json.dumps({**about, "files": names}), encoding="utf-8")
+        _sync_file(partial)
+        partial.replace(self.folder / CHECKPOINT)
+
     def close(self) -> None:
-        """Remove the folder, unless it was published, and parents that were created for it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, unless it was published, but for what is to be kept, and parents that were created for it."""
+        _set_aside(self.folder, self._place)
         os.close(self._lock)
         for parent in self._created_parents:
             with contextlib.suppress(OSError):
@@ -218,9 +251,26 @@ def _remove_abandoned(place: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             if _lock(descriptor):
-                shutil.rmtree(folder, ignore_errors=True)
+                _set_aside(folder, place)
         finally:
             os.close(descriptor)
+
+
+def _set_aside(folder: Path, place: Path) -> None:
+    """Remove a scratch folder for `place`; files that are to be kept become its unfinished folder, if there may be one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = set(json.loads((folder / CHECKPOINT).read_text(encoding="utf-8"))["files"])
+        aside = unfinished(place)
+        remove_unfinished(aside)
+        if not aside.exists():
+            for path in sorted(folder.rglob("*"), reverse=True):
+                if path.is_dir():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+                elif path.relative_to(folder).as_posix() not in {*kept, CHECKPOINT}:
+                    path.unlink()
+            folder.rename(aside)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(descriptor: int) -> bool:
@@ -237,11 +287,15 @@ def _sync(folder: Path) -> None:
     """Flush every file to the disk, so that a power cut cannot leave a published folder of empty files."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -275,6 +329,7 @@ def _exchange_by_renames(new: Path, old: Path) -> None:
 
 
 __all__ = [
+    "CHECKPOINT",
     "FAILED_BUILD",
     "GRAPH",
     "MANIFEST",
@@ -289,5 +344,7 @@ __all__ = [
     "failed_pass",
     "inside",
     "rejected",
+    "remove_unfinished",
     "scratch",
+    "unfinished",
 ]

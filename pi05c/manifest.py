@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from pi05c.folder import MANIFEST
+from pi05c.folder import CHECKPOINT, MANIFEST
 from pi05c.graph.errors import Pi05cError
 
 FORMAT: Final = 3
@@ -420,7 +420,11 @@ def file_record(path: Path) -> FileRecord:
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Size and hash of every file of a folder but its manifest, by path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_record(path) for path in files if path.name != MANIFEST}
+    return {
+        path.relative_to(folder).as_posix(): file_record(path)
+        for path in files
+        if path.name not in (MANIFEST, CHECKPOINT)
+    }
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

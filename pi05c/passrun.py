@@ -233,8 +233,9 @@ class Calibrator:
         title: str = "calibrate",
         cache: Path | None = None,
         scratch: Path | None = None,
+        fresh: bool = False,
     ) -> None:
-        self._title = title
+        self._title, self._fresh = title, fresh
         self.recorded: MeasuredRanges | None = None
         # The ranges beside a stage were measured before the first pass that asks. Where that is the next one, they are
         # those of this graph, and samples that are given come first.
@@ -259,8 +260,11 @@ class Calibrator:
                     self._cache,
                     rows=wanted.rows,
                     scratch=self._scratch,
+                    fresh=self._fresh,
                     progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
                 )
+            if self.ranges.cached:
+                self._progress.note("ranges: measured before on this graph and these samples, not again")
         return self.ranges
 
 

@@ -86,6 +86,7 @@ def rewrite(
     targets: Sequence[Target],
     cache: Path | None,
     scratch: Path,
+    fresh: bool = False,
     reads: Iterable[Path] = (),
     device: Device | None = None,
 ) -> Rewritten:
@@ -96,6 +97,7 @@ def rewrite(
         targets: GPUs whose number formats the graph may use.
         cache: folder of measured ranges; None for the user's.
         scratch: folder for weights that have to be evaluated.
+        fresh: measure ranges though the cache has them.
         reads: as `pi05c.passrun.run` takes them.
         device: the GPU that costs are for; None where it is not known.
 
@@ -106,7 +108,9 @@ def rewrite(
     if piece.place and options.dump is not None:
         options = replace(options, dump=options.dump / piece.place)
     title = f"calibrate {piece.place}".strip()
-    calibrator = Calibrator(piece.plan, piece.samples, progress, title=title, cache=cache, scratch=scratch)
+    calibrator = Calibrator(
+        piece.plan, piece.samples, progress, title=title, cache=cache, scratch=scratch, fresh=fresh
+    )
     costs: list[list[CostRecord]] = []
 
     def count(current: Model) -> list[CostRecord]:

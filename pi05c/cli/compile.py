@@ -106,6 +106,9 @@ def compile_command(
     start_from: Annotated[
         Path | None, typer.Option(help="A file that --dump wrote: the passes behind it run.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option(help="Start from the beginning: forget what a run that ended early had finished.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -143,6 +146,7 @@ def compile_command(
         target=target,
         backend=backend,
         max_error=max_error,
+        fresh=fresh,
         progress=progress,
         options=options,
         profiles=tuple(parse_profile(text) for text in shapes or ()),

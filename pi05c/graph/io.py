@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,13 @@ def _identity(weight: Weight) -> object:
     return (weight.path, weight.offset, weight.nbytes) if isinstance(weight, Stored) else id(weight)
 
 
-def save(model: Model, path: Path | str, *, shared: DataFolder | None = None) -> None:
+def save(
+    model: Model,
+    path: Path | str,
+    *,
+    shared: DataFolder | None = None,
+    update: Callable[[float | None, str], None] | None = None,
+) -> None:
     """Write `path` and, where weights are larger than `INLINE_BYTES`, `path` + `.data` beside it.
 
     Both are written under other names first and renamed when they are whole. The model may have been loaded from
@@ -223,6 +230,7 @@ def save(model: Model, path: Path | str, *, shared: DataFolder | None = None) ->
 
     Args:
         shared: of the folder of `path`, to refer to weights that its files hold already.
+        update: told which part is written, and in words how many weights, how fast, and what time is left.
 
     Raises:
         Pi05cError: the folder does not exist or cannot be written.
@@ -235,10 +243,12 @@ def save(model: Model, path: Path | str, *, shared: DataFolder | None = None) ->
     try:
         with partial_data.open("wb") as file:
             writer = _DataWriter(file, data_path.name, shared)
-            for tensor in tensors(proto):
-                location = location_of(tensor)
-                if location in pending:
-                    writer.write(tensor, pending[location])
+            stored = [tensor for tensor in tensors(proto) if location_of(tensor) in pending]
+            told = _Told(update, [pending[location_of(tensor) or ""] for tensor in stored])
+            for tensor in stored:
+                weight = pending[location_of(tensor) or ""]
+                writer.write(tensor, weight)
+                told.done(weight)
         partial_model.write_bytes(proto.SerializeToString())
         if partial_data.stat().st_size:
             partial_data.replace(data_path)
@@ -248,6 +258,29 @@ def save(model: Model, path: Path | str, *, shared: DataFolder | None = None) ->
     finally:
         partial_data.unlink(missing_ok=True)
         partial_model.unlink(missing_ok=True)
+
+
+class _Told:
+    """Tells how many weights are done, how fast, and how long the others will take."""
+
+    def __init__(self, update: Callable[[float | None, str], None] | None, weights: Sequence[Weight]) -> None:
+        self._update = update
+        self._sizes = {_identity(weight): weight.nbytes for weight in weights}
+        self._count, self._bytes = len(self._sizes), sum(self._sizes.values())
+        self._start = time.monotonic()
+
+    def done(self, weight: Weight) -> None:
+        """A weight is written, perhaps not for the first time."""
+        if self._sizes.pop(_identity(weight), None) is None or self._update is None:
+            return
+        left = sum(self._sizes.values())
+        seconds = max(time.monotonic() - self._start, 1e-6)
+        rate = (self._bytes - left) / seconds
+        self._update(
+            1 - left / self._bytes if self._bytes else None,
+            f"{self._count - len(self._sizes):,} of {self._count:,} weights, {rate / 1e6:,.0f} MB/s, "
+            f"{left / rate if rate else 0:.0f} s left",
+        )
 
 
 class _DataWriter:

@@ -13,7 +13,7 @@ from small_policy import BUILDS, policy, pretend_installed, use_worker, write_po
 
 from pi05c import cli, compilation
 from pi05c.backend.targets import Flavour
-from pi05c.folder import FAILED_BUILD, GRAPH, MANIFEST, PLAN, SCRIPT
+from pi05c.folder import CHECKPOINT, FAILED_BUILD, GRAPH, MANIFEST, PLAN, SAMPLES, SCRIPT
 from pi05c.graph.errors import BuildError
 from pi05c.manifest import read_manifest
 
@@ -69,16 +69,25 @@ def test_a_graph_that_the_real_builder_refuses(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
-@pytest.mark.parametrize("stage", ["_run_all", "save", "precision_of", "write_report"])
-def test_whatever_ends_a_stage_the_old_folder_stays_and_no_scratch_is_left(
+@pytest.mark.parametrize(
+    ("stage", "finished"),
+    [
+        ("plain_run", None),
+        ("save", None),
+        ("precision_of", "the rewritten graph"),
+        ("write_report", "the rewritten graph and its verification"),
+    ],
+)
+def test_whatever_ends_a_stage_the_old_folder_stays_and_the_next_run_goes_on_with_what_is_finished(
     policy: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     stage: str,
+    finished: str | None,
     error: type[BaseException],
 ) -> None:
-    output = tmp_path / "engine"
+    output, unfinished = tmp_path / "engine", tmp_path / "engine.unfinished"
     arguments = (policy, "--passes", "none", "-o", output, "--backend", "onnxruntime")
     assert main(*arguments) == 0
     before, places = content(output), set(tmp_path.iterdir())
@@ -87,10 +96,21 @@ def test_whatever_ends_a_stage_the_old_folder_stays_and_no_scratch_is_left(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(compilation, stage, fail)
-    assert main(*arguments) == (130 if error is KeyboardInterrupt else 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(compilation, stage, fail)
+        assert main(*arguments) == (130 if error is KeyboardInterrupt else 1)
     assert "Traceback" not in capsys.readouterr().err
     assert content(output) == before
+    assert set(tmp_path.iterdir()) == places | ({unfinished} if finished else set())
+    if finished:
+        files = {GRAPH, f"{GRAPH}.data", CHECKPOINT}
+        assert set(content(unfinished)) == files | ({SAMPLES} if "verification" in finished else set())
+
+    assert main(*arguments) == 0
+    said = capsys.readouterr().err
+    assert (f"goes on with what an earlier run of this finished: {finished}" in said) == bool(finished)
+    assert content(output).keys() == before.keys()
+    assert content(output)[GRAPH] == before[GRAPH]
     assert set(tmp_path.iterdir()) == places
 
 
