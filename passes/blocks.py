@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.compensation import Compensated
 from pi05c.graph.domains import TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, to_onnx
 from pi05c.graph.edit import Editor
-from pi05c.graph.nvfp4 import BLOCK, DYNAMIC, BlockCodes, BlockScales, global_scale
-from pi05c.graph.weights import Transposed, weight_of
+from pi05c.graph.nvfp4 import BLOCK, DYNAMIC, BlockCodes, BlockScales, ElementScales, global_scale
+from pi05c.graph.weights import Transposed, Weight, weight_of
 from pi05c.passes.patterns.linear import Linear
 from pi05c.passes.patterns.walk import origin
 
@@ -58,8 +61,13 @@ class BlockQuantizer:
             self._activations[id(tensor)] = self.editor.cast(values, dtype)
         return self._activations[id(tensor)]
 
-    def weight(self, linear: Linear, dtype: np.dtype[np.generic]) -> gs.Tensor:
-        """The linear's weight, stored [columns, rows] so that blocks lie along what is summed, as its MatMul reads it."""
+    def weight(self, linear: Linear, dtype: np.dtype[np.generic], rows: Sequence[Weight] = ()) -> gs.Tensor:
+        """The linear's weight, stored [columns, rows] so that blocks lie along what is summed, as its MatMul reads it.
+
+        Args:
+            rows: that its activation is made of, to make up for rounding errors on; none: each weight is rounded to
+                the nearest.
+        """
         key = id(linear.weight)
         if key not in self._weights:
             values = weight_of(linear.weight)
@@ -67,8 +75,12 @@ class BlockQuantizer:
                 values = Transposed(values, [1, 0])
             name, scale = linear.weight.name, global_scale(values.amax())
             scales = BlockScales(values, scale, SCALE_STEPS)
+            codes: Weight = BlockCodes(values, scales, scale)
+            if rows:
+                across, each = Transposed(values, [1, 0]), Transposed(ElementScales(scales, scale), [1, 0])
+                codes = Transposed(Compensated(across, each, FLOAT4E2M1, rows), [1, 0])
             stored = self._dequantized(
-                self.editor.constant(f"{name}.fp4", BlockCodes(values, scales, scale)),
+                self.editor.constant(f"{name}.fp4", codes),
                 self.editor.constant(f"{name}.block_scales", scales),
                 self.editor.constant(f"{name}.scale", scale),
                 name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from pi05c.passes.patterns.linear import Linear, find_linears
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
 from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
+from pi05c.passes.two_terms import TwoTerms
 
 MIN_SIZE = ALIGNMENT = 16
 """FP8 GEMM kernels take inner and outer sizes that are multiples of 16 bytes (TensorRT, ModelOpt's own rule)."""
@@ -46,26 +47,18 @@ def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: obje
 
 
 def _rows(
-    graph: gs.Graph,
-    *,
-    llm: Format = "fp8",
-    nvfp4: tuple[str, ...] = (),
-    fp8: tuple[str, ...] = (),
-    keep: tuple[str, ...] = (),
-    rounding: str = "nearest",
+    graph: gs.Graph, *, keep: tuple[str, ...] = (), rounding: str = "nearest", **options: object
 ) -> Iterator[tuple[gs.Tensor, int]]:
     if rounding == "compensated":
-        formats = _formats_of(graph, llm, nvfp4, fp8)
-        for tensors in _fed_to(_quantizable(graph, keep), formats).values():
+        for tensors in _fed_to(_quantizable(graph, keep)).values():
             yield from ((tensor, -(-ROWS // len(tensors))) for tensor in tensors)
 
 
-def _fed_to(linears: Sequence[Linear], formats: Mapping[int, Format]) -> dict[int, list[gs.Tensor]]:
-    """The activations that each weight multiplies in FP8, by `id` of the weight."""
+def _fed_to(linears: Sequence[Linear]) -> dict[int, list[gs.Tensor]]:
+    """The activations that each weight multiplies, by `id` of the weight."""
     fed: dict[int, dict[int, gs.Tensor]] = defaultdict(dict)
     for linear in linears:
-        if formats[id(linear.node)] == "fp8":
-            fed[id(linear.weight)][id(linear.activation)] = linear.activation
+        fed[id(linear.weight)][id(linear.activation)] = linear.activation
     return {key: list(tensors.values()) for key, tensors in fed.items()}
 
 
@@ -94,6 +87,7 @@ def quantize_linears(
     nvfp4: tuple[str, ...] = (),
     fp8: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    two_terms: tuple[str, ...] = (),
     rounding: Literal["nearest", "compensated"] = "nearest",
 ) -> None:
     """Put FP8 (E4M3) Q/DQ on both factors of each linear, weights stored in FP8.
@@ -111,10 +105,15 @@ def quantize_linears(
     that are summed, activations quantized in such blocks when the engine runs. `llm=nvfp4_w4a16` leaves activations in
     the working precision. Patterns of `nvfp4` bring in other linears, patterns of `fp8` take some out; a pattern is
     held against the names of the MatMul and of the weight.
+
+    Rounding of activations is the larger part of the error, and no choice of weights takes it back. The linears that
+    a pattern of `two_terms` names multiply what rounding leaves of their activation too, as further rows of the same
+    MatMul: the weight is stored and read once, and the activation is as exact as in float16, for twice the
+    multiplications.
     """
     kept = _kept(graph)
     formats = _formats_of(graph, llm, nvfp4, fp8)
-    fed = _fed_to(_quantizable(graph, keep), formats) if rounding == "compensated" else {}
+    fed = _fed_to(_quantizable(graph, keep)) if rounding == "compensated" else {}
     unsampled = [key for key, tensors in fed.items() if not _sampled(tensors, ctx.ranges)]
     if unsampled:
         ctx.note(
@@ -123,13 +122,16 @@ def quantize_linears(
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
     blocks = {id(scope): BlockQuantizer(ctx.editor(scope)) for scope in scopes(graph)}
     stored_scales: dict[int, np.ndarray | None] = {}
+    terms = TwoTerms()
     for linear in find_linears(graph):
         reason = _obstacle(linear, kept, keep)
+        rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
+        doubled = terms if _named(linear, two_terms) else None
+        reason = reason or (_two_terms_obstacle(linear) if doubled else "")
         if not reason and formats[id(linear.node)] == "fp8":
-            rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
-            reason = _to_fp8(linear, ctx, quantizers[id(linear.scope)], stored_scales, rows)
+            reason = _to_fp8(linear, ctx, quantizers[id(linear.scope)], stored_scales, rows, doubled)
         elif not reason:
-            reason = _to_nvfp4(linear, ctx, blocks[id(linear.scope)], formats[id(linear.node)])
+            reason = _to_nvfp4(linear, ctx, blocks[id(linear.scope)], formats[id(linear.node)], rows, doubled)
         if reason:
             ctx.skip(linear.node, reason)
             continue
@@ -144,6 +146,7 @@ def _to_fp8(
     quantizer: Quantizer,
     scales: dict[int, np.ndarray | None],
     rows: Sequence[Weight],
+    doubled: TwoTerms | None,
 ) -> str:
     """Quantize both factors to FP8, or say why not; `scales` are those of the weights so far, by `id`."""
     amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
@@ -156,13 +159,23 @@ def _to_fp8(
     if scale is None or stored_scale is None:
         which = linear.activation if scale is None else linear.weight
         return f"the range of {which.name!r} gives no usable scale in {dtype}"
-    linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
+    if doubled:
+        doubled.multiply(linear, lambda tensor: quantizer.activation(tensor, scale), quantizer.editor)
+    else:
+        linear.node.inputs[0] = quantizer.activation(linear.activation, scale)
     linear.node.inputs[1] = quantizer.weight(linear, stored_scale, rows)
     linear.node.attrs.pop("transB", None)
     return ""
 
 
-def _to_nvfp4(linear: Linear, ctx: PassContext, quantizer: BlockQuantizer, chosen: Format) -> str:
+def _to_nvfp4(
+    linear: Linear,
+    ctx: PassContext,
+    quantizer: BlockQuantizer,
+    chosen: Format,
+    rows: Sequence[Weight],
+    doubled: TwoTerms | None,
+) -> str:
     """Quantize the weight, and with `nvfp4` the activation, in blocks, or say why not."""
     amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
     if amax is None or dtype is None:
@@ -172,10 +185,22 @@ def _to_nvfp4(linear: Linear, ctx: PassContext, quantizer: BlockQuantizer, chose
     shape = static_shape(linear.activation)
     if chosen == "nvfp4" and (shape is None or len(shape) not in DYNAMIC_RANKS):
         return f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
-    if chosen == "nvfp4":
+    if chosen == "nvfp4" and doubled:
+        doubled.multiply(linear, lambda tensor: quantizer.activation(tensor, amax, dtype), quantizer.editor)
+    elif chosen == "nvfp4":
         linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
-    linear.node.inputs[1] = quantizer.weight(linear, dtype)
+    linear.node.inputs[1] = quantizer.weight(linear, dtype, rows)
     linear.node.attrs.pop("transB", None)
+    return ""
+
+
+def _two_terms_obstacle(linear: Linear) -> str:
+    """Why the rows of a linear cannot be doubled, empty where nothing speaks against it."""
+    shape = static_shape(linear.activation)
+    if shape is None or len(shape) < 2:
+        return f"{linear.activation.name!r} has no static rows to put a second term beside"
+    if len(linear.node.inputs) > 2:
+        return f"{linear.node.name!r} is a Gemm that would add its bias to both terms"
     return ""
 
 

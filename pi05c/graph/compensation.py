@@ -21,7 +21,7 @@ import numpy as np
 
 from pi05c.graph.dtypes import LARGEST
 from pi05c.graph.runner import Array
-from pi05c.graph.weights import CHUNK_BYTES, Region, Weight, whole
+from pi05c.graph.weights import CHUNK_BYTES, InMemory, Region, Weight, whole
 
 DAMPING = 0.1
 """D is this part of each diagonal element of F'F, and of their mean."""
@@ -41,14 +41,14 @@ class Compensated(Weight):
 
     Attributes:
         base: what is rounded.
-        scale: one positive number, as the graph stores it; the codes times it stand for `base`.
+        scale: positive numbers, as the graph stores them, one or [K, N]; the codes times them stand for `base`.
         rows: what multiplies the weight, each [any number, K].
     """
 
-    def __init__(self, base: Weight, scale: Array, dtype: Any, rows: Sequence[Weight]) -> None:
+    def __init__(self, base: Weight, scale: Array | Weight, dtype: Any, rows: Sequence[Weight]) -> None:
         super().__init__(base.shape, dtype)
         self.base = base
-        self.scale = np.asarray(scale).astype(np.float32).reshape(())
+        self.scale = scale if isinstance(scale, Weight) else InMemory(np.asarray(scale).reshape(()))
         self.rows = tuple(rows)
 
     def read(self, region: Region) -> Array:
@@ -58,8 +58,11 @@ class Compensated(Weight):
         step = max(1, _CHUNK_ELEMENTS // self.shape[0])
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            values = self.base.read((slice(0, self.shape[0]), slice(first, last))).astype(np.float32)
-            codes[:, first - start : last - start] = plan.round(values, self.scale, self.dtype)
+            columns = (slice(0, self.shape[0]), slice(first, last))
+            scale = self.scale.read(columns) if self.scale.shape else self.scale.load()
+            codes[:, first - start : last - start] = plan.round(
+                self.base.read(columns).astype(np.float32), scale.astype(np.float32), self.dtype
+            )
         return codes[region[0]]
 
     def chunks(self) -> Iterator[Array]:
@@ -70,7 +73,7 @@ class Compensated(Weight):
 
     def fingerprint(self) -> object:
         rows = tuple(each.fingerprint() for each in self.rows)
-        return ("compensated", str(self.dtype), self.scale.tobytes(), rows, self.base.fingerprint())
+        return ("compensated", str(self.dtype), self.scale.fingerprint(), rows, self.base.fingerprint())
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,15 @@ class _Plan:
         return cls(tuple(reversed(blocks)))
 
     def round(self, values: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
-        """The codes of weights [K, N] in float32."""
+        """The codes of weights [K, N] in float32 under scales that broadcast to them."""
+        scales = np.broadcast_to(scale, values.shape)
         codes, errors = np.empty(values.shape, dtype), np.empty_like(values)
         response = np.zeros((self.blocks[0].features.shape[0], values.shape[1]), np.float32)
         for block in self.blocks:
             wanted = values[block.indices] + block.pull @ response
-            codes[block.indices], moved = _settle(wanted, wanted, block.coupling, scale, dtype)
+            codes[block.indices], moved = _settle(
+                wanted, wanted, block.coupling, scales[block.indices], dtype
+            )
             errors[block.indices] = values[block.indices] - (wanted - moved)
             response += block.features @ errors[block.indices]
         for _ in range(SWEEPS):
@@ -143,7 +149,7 @@ class _Plan:
                 rounded = values[block.indices] - error
                 coupling = np.tril(block.hessian / diagonal, -1)
                 codes[block.indices], moved = _settle(
-                    rounded + slope / diagonal, rounded, coupling, scale, dtype
+                    rounded + slope / diagonal, rounded, coupling, scales[block.indices], dtype
                 )
                 errors[block.indices] = error + moved
                 response += block.features @ moved
@@ -151,7 +157,7 @@ class _Plan:
 
 
 def _settle(
-    wanted: Array, origin: Array, coupling: Array, scale: Array, dtype: np.dtype[Any]
+    wanted: Array, origin: Array, coupling: Array, scales: Array, dtype: np.dtype[Any]
 ) -> tuple[Array, Array]:
     """Round rows one after the other, each moved by what the ones before it departed from `origin`.
 
@@ -161,9 +167,9 @@ def _settle(
     largest = np.float32(LARGEST[dtype])
     codes, departed = np.empty(wanted.shape, dtype), np.empty_like(wanted)
     for row, along in enumerate(coupling):
-        target = (wanted[row] + along[:row] @ departed[:row]) / scale
+        target = (wanted[row] + along[:row] @ departed[:row]) / scales[row]
         codes[row] = np.clip(target, -largest, largest)
-        departed[row] = origin[row] - codes[row].astype(np.float32) * scale
+        departed[row] = origin[row] - codes[row].astype(np.float32) * scales[row]
     return codes, departed
 
 

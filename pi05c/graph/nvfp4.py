@@ -97,3 +97,25 @@ class BlockCodes(Weight):
 
     def fingerprint(self) -> object:
         return ("block codes", float(self.scale), self.scales.fingerprint(), self.base.fingerprint())
+
+
+class ElementScales(Weight):
+    """What the codes under block scales `scales` and the global scale are multiplied by, one float32 for each.
+
+    Shape: that of `scales`, the last axis times 16.
+    """
+
+    def __init__(self, scales: Weight, scale: Array) -> None:
+        super().__init__([*scales.shape[:-1], scales.shape[-1] * BLOCK], np.float32)
+        self.scales = scales
+        self.scale = np.float32(scale)
+
+    def read(self, region: Region) -> Array:
+        start, stop, _ = region[-1].indices(self.shape[-1])
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        scales = self.scales.read((*region[:-1], slice(first, last))).astype(np.float32) * self.scale
+        wanted: Array = np.repeat(scales, BLOCK, axis=-1)[..., start - first * BLOCK : stop - first * BLOCK]
+        return wanted
+
+    def fingerprint(self) -> object:
+        return ("element scales", float(self.scale), self.scales.fingerprint())

@@ -11,8 +11,9 @@ import pytest
 
 from pi05c.graph import compensation
 from pi05c.graph.compensation import DAMPING, SWEEPS, Compensated
-from pi05c.graph.dtypes import FLOAT8E4M3FN
+from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN
 from pi05c.graph.io import Model, load, save
+from pi05c.graph.nvfp4 import BlockCodes, BlockScales, ElementScales, global_scale
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import InMemory, Quantized, Transposed, array_of
 
@@ -91,6 +92,21 @@ def test_products_with_rows_that_were_not_seen_are_kept_better_than_by_rounding_
     codes = Compensated(InMemory(weight), scale, FLOAT8E4M3FN, [InMemory(seen)]).load()
     assert damage(weight, codes, scale, seen) < 0.7 * damage(weight, nearest, scale, seen)
     assert damage(weight, codes, scale, unseen) < 0.8 * damage(weight, nearest, scale, unseen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_codes_in_blocks_keep_products_under_the_scales_of_their_blocks(seed: int) -> None:
+    weight, rows, _ = linear((96, 64, 512), seed)
+    across = InMemory(np.ascontiguousarray(weight.T))
+    scale = global_scale(across.amax())
+    scales = BlockScales(across, scale)
+    each = ElementScales(scales, scale)
+    nearest = BlockCodes(across, scales, scale).load().astype(np.float32) * each.load()
+    assert (each.read((slice(3, 9), slice(5, 40))) == each.load()[3:9, 5:40]).all()
+    codes = Compensated(InMemory(weight), Transposed(each, [1, 0]), FLOAT4E2M1, [InMemory(rows[:256])]).load()
+    kept = codes.astype(np.float32) * each.load().T
+    for seen in (rows[:256], rows[256:]):
+        assert np.linalg.norm(seen @ (weight - kept)) < 0.8 * np.linalg.norm(seen @ (weight - nearest.T))
 
 
 def test_rows_of_several_tensors_count_together() -> None:

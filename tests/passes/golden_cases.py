@@ -662,6 +662,25 @@ def quantize_linears__sampled_rows() -> onnx.ModelProto:
 
 @case(
     "quantize_linears",
+    "The activation in two terms: what its rounding left is quantized too, and multiplied as further rows.",
+    options={"two_terms": "w"},
+    ranges={"x": (-3.5, 3.5)},
+    limit=0.035,
+    why=f"{FP8_ROUNDING}, of the weight alone",
+)
+def quantize_linears__two_terms() -> onnx.ModelProto:
+    return graph_text(
+        """
+        linear (float16[4,32] x) => (float16[4,16] y) {
+          product = MatMul(x, w)
+          y = Add(product, b)
+        }""",
+        {"w": normal(1, 32, 16, dtype=np.float16), "b": normal(2, 16, dtype=np.float16)},
+    )
+
+
+@case(
+    "quantize_linears",
     "The two ends of the flow stay in the working precision, and so does what keep names.",
     options={"keep": "*gate,lm_head*"},
     ranges={"hidden": (-4, 4), "gate": (-4, 4)},

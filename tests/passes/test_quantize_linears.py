@@ -5,9 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from pass_graphs import editable, graph_text, normal, run_pass
+from pass_graphs import editable, graph_text, normal, outputs_of, run_pass
 
 from pi05c.graph.compensation import Compensated
+from pi05c.graph.edit import keep_between
 from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.weights import InMemory, Quantized, Weight, weight_of
@@ -96,8 +97,64 @@ def test_products_of_sampled_rows_come_closer() -> None:
         model = two_steps()
         run_pass(model, "quantize_linears", known(x=rows, act=rows), rounding=rounding)
         codes = codes_of(model)["w.fp8"]
-        scale = np.float32(codes.scale.reshape(()))  # type: ignore[attr-defined]
+        scale = np.float32(codes.scale.reshape(()) if rounding == "nearest" else codes.scale.load())  # type: ignore[attr-defined]
         found[rounding] = np.linalg.norm(
             rows.load().astype(np.float32) @ (weight - codes.load().astype(np.float32) * scale)
         )
     assert found["compensated"] < 0.9 * found["nearest"]
+
+
+def test_nvfp4_weights_are_rounded_on_rows_too() -> None:
+    rows, weight, found = drawn(3, 64), normal(1, 32, 32), {}
+    for rounding in ("compensated", "nearest"):
+        model = editable(graph_text(BATCHED, {"w": weight}))
+        run_pass(model, "quantize_linears", known(x=rows), rounding=rounding, nvfp4="*")
+        (turned,) = [node.outputs[0] for node in model.graph.nodes if node.op == "Transpose"]
+        keep_between(model.graph, [], [turned])
+        stored = outputs_of(model, {})[turned.name]
+        found[rounding] = np.linalg.norm(rows.load().astype(np.float32) @ (weight - stored))
+    assert found["compensated"] < 0.9 * found["nearest"]
+
+
+BATCHED = """
+    linear (float[1,4,32] x) => (float[1,4,32] y) {
+      y = MatMul(x, w)
+    }"""
+
+
+@pytest.mark.parametrize(("options", "limit"), [({}, 0.005), ({"nvfp4": "*"}, 0.02)])
+def test_two_terms_leave_the_error_of_the_weight_alone(options: dict[str, str], limit: float) -> None:
+    """The weight is exact in either format, so that all of the error is that of the activation."""
+    weight = np.where(normal(1, 32, 32) > 0, 1, -1).astype(np.float32)
+    x = normal(5, 1, 4, 32, scale=1.0)
+    errors = {}
+    for two_terms in ("", "y.*"):
+        model = editable(graph_text(BATCHED, {"w": weight}))
+        run_pass(model, "quantize_linears", known(), two_terms=two_terms, **options)
+        result = outputs_of(model, {"x": x})["y"]
+        errors[two_terms] = np.linalg.norm(result - x @ weight) / np.linalg.norm(x @ weight)
+    assert errors["y.*"] < limit
+    assert errors["y.*"] < errors[""] / 5
+
+
+def test_linears_that_share_an_activation_share_its_terms() -> None:
+    text = """
+        projections (float[4,32] x) => (float[4,32] q, float[4,16] k) {
+          q = MatMul(x, wq)
+          k = MatMul(x, wk)
+        }"""
+    model = editable(graph_text(text, {"wq": normal(1, 32, 32), "wk": normal(2, 32, 16)}))
+    run_pass(model, "quantize_linears", known(), two_terms="*")
+    operators = [node.op for node in model.graph.nodes]
+    assert (operators.count("Concat"), operators.count("MatMul"), operators.count("Split")) == (1, 2, 2)
+    assert run_pass(model, "quantize_linears", known(), two_terms="*").changes == ()
+
+
+def test_a_gemm_with_a_bias_is_not_given_two_terms() -> None:
+    text = """
+        linear (float[4,32] x) => (float[4,32] y) {
+          y = Gemm(x, w, b)
+        }"""
+    model = editable(graph_text(text, {"w": normal(1, 32, 32), "b": normal(2, 32)}))
+    (skip,) = run_pass(model, "quantize_linears", known(), two_terms="w").skips
+    assert skip.reason == "'y.Gemm' is a Gemm that would add its bias to both terms"
