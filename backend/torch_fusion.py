@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import FLOAT8E4M3FN, FLOAT16, FLOAT32, to_numpy
+from pi05c.graph.dtypes import FLOAT8E4M3FN, FLOAT16, FLOAT32, LARGEST, to_numpy
 from pi05c.graph.edit import producer, remove_dead
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import sort_graph
@@ -28,6 +28,9 @@ MAX_ROWS = 64
 
 ALIGNMENT = 16
 """Sizes that FP8 products take are multiples of it (cuBLASLt), and tiles of the row kernels are too."""
+
+_WHOLE = 0.99
+"""Probability that the codes must reach: a kernel that takes parts of a softmax rounds the largest of each as 1."""
 
 
 @dataclass
@@ -73,7 +76,28 @@ def fuse(graph: gs.Graph) -> dict[str, int]:
         remove_dead(graph)
     if counts:
         sort_graph(graph)
+        _quantize_where_made(graph, outputs)
     return counts
+
+
+def _quantize_where_made(graph: gs.Graph, outputs: set[int]) -> None:
+    """Give what linears of few rows quantize, all by one scale, as codes by the node that makes it."""
+    for node in fused_nodes(graph):
+        result = node.outputs[0]
+        if node.op not in (ROW_LINEAR, ROW_ATTENTION) or id(result) in outputs:
+            continue
+        scales = {_scale_read_by(reader, result) for reader in result.outputs}
+        if len(scales) == 1 and (scale := scales.pop()) is not None:
+            node.attrs["out_scale"] = scale
+            result.dtype = FLOAT8E4M3FN
+
+
+def _scale_read_by(node: gs.Node, tensor: gs.Tensor) -> float | None:
+    """The scale that a linear of few rows quantizes a tensor by, before anything else."""
+    if node.op != ROW_LINEAR or "norm_scale" in node.attrs["names"]:
+        return None
+    uses = [name for name, item in zip(node.attrs["names"], node.inputs, strict=True) if item is tensor]
+    return node.attrs["scale"] if uses == ["x"] else None
 
 
 def _join_row_linears(graph: gs.Graph) -> None:
@@ -294,6 +318,8 @@ def _row_attention(node: gs.Node, outputs: set[int]) -> _Fusion | None:
         return None
     keys, values = _quantized(cached.inputs[1]), _quantized(cached_product.inputs[1])
     if len({item is None for item in (query_scale, keys, values, cached_probability)}) != 1 or last is None:
+        return None
+    if cached_probability is not None and cached_probability * LARGEST[FLOAT8E4M3FN] < _WHOLE:
         return None
     query = _rotated(_chain(queries, "Reshape"))
     key = _rotated(_chain(own.inputs[1], "Transpose"))

@@ -188,17 +188,30 @@ class _Buffer(str):
     """The name of a buffer, among plain values."""
 
 
+_FOLDED = ("norm_scale", "norm_shift", "gate")
+"""What a row linear takes that is constant where what depends on the step alone was folded."""
+
+
+def _one(graph: TorchGraph, node: gs.Node, *names: str) -> dict[str, Any]:
+    """Scales of a node, each a buffer of one number, or None."""
+    values = {name: node.attrs.get(name) for name in names}
+    return {
+        name: None if value is None else _Buffer(graph.constant(np.array([value], np.float32)))
+        for name, value in values.items()
+    }
+
+
 def _row_linear(graph: TorchGraph, node: gs.Node) -> dict[str, Any]:
-    columns = node.inputs[node.attrs["names"].index("weight")].shape[1]
+    tensors = dict(zip(node.attrs["names"], node.inputs, strict=True))
+    columns = tensors["weight"].shape[1]
     scales = np.ascontiguousarray(np.broadcast_to(node.attrs["weight_scale"], columns).astype(np.float32))
-    scale = node.attrs["scale"]
-    quantized = {} if scale is None else {"scale": _Buffer(graph.constant(np.array([scale], np.float32)))}
     epsilon = node.attrs["epsilon"]
     return {
         "weight_scale": _Buffer(graph.constant(scales)),
-        **quantized,
+        **_one(graph, node, "scale", "out_scale"),
         "epsilon": 0.0 if epsilon is None else epsilon,
         "gated": node.attrs["gated"],
+        "constant": all(isinstance(tensors.get(name), gs.Constant | None) for name in _FOLDED),
     }
 
 
@@ -206,6 +219,7 @@ def _row_attention(graph: TorchGraph, node: gs.Node) -> dict[str, Any]:
     scales = node.attrs["scales"]
     return {
         "scales": None if scales is None else _Buffer(graph.constant(np.array(scales, np.float32))),
+        **_one(graph, node, "out_scale"),
         "starts": node.attrs["starts"],
         "heads": node.attrs["heads"],
     }

@@ -1,7 +1,7 @@
 """What the nodes of `torch_fusion` compute, in plain torch on a CPU and by one or two Triton kernels on a GPU.
 
 Roundings are those of the nodes that were fused: what the graph has in float16 is rounded to float16 here too, except
-that a dequantized weight is not.
+that a dequantized weight is not, and that a GPU rounds probabilities before they are divided by their sum.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ def row_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    out_scale: Tensor | None = None,
     epsilon: float = 0.0,
     gated: bool = False,
+    constant: bool = False,
 ) -> Tensor:
     """A linear of few rows with what surrounds it.
 
     Args:
-        x: [..., K] float16.
+        x: [..., K] float16, or its FP8 codes by `scale` where there is no norm.
         weight: [N, K], float16 or FP8.
         weight_scale: [N] float32, which the columns of the product are multiplied with.
         scale: [1] float32, by which x is quantized before the product; None for a product in float16.
@@ -38,17 +40,31 @@ def row_linear(
         bias: [N] float16.
         residual: [..., columns] float16, added to the result.
         gate: [columns] float16, which the result is multiplied with before `residual` is added.
+        out_scale: [1] float32, by which the result is quantized; None: it is not.
         epsilon: of the norm.
         gated: the result is GELU(first half of the columns) * second half.
+        constant: `norm_scale`, `norm_shift` and `gate` are constants, as the weight, its scale and the bias are.
 
     Returns:
-        [..., columns] float16, columns being N, or N / 2 where `gated`.
+        [..., columns] float16 or FP8, columns being N, or N / 2 where `gated`.
     """
     if x.is_cuda:
         from pi05c.backend import triton_kernels
 
         return triton_kernels.row_linear(  # type: ignore[no-any-return]
-            x, weight, weight_scale, scale, norm_scale, norm_shift, bias, residual, gate, epsilon, gated
+            x,
+            weight,
+            weight_scale,
+            scale,
+            norm_scale,
+            norm_shift,
+            bias,
+            residual,
+            gate,
+            out_scale,
+            epsilon,
+            gated,
+            constant,
         )
     if norm_scale is not None:
         wide = x.to(torch.float32)
@@ -56,14 +72,16 @@ def row_linear(
             wide * torch.reciprocal(torch.sqrt(wide.square().mean(-1, keepdim=True) + epsilon)) * norm_scale
         )
         x = (wide if norm_shift is None else wide + norm_shift).to(torch.float16)
-    factor = x.to(torch.float32) if scale is None else quantize(x, scale).to(torch.float32) * scale
+    codes = x if scale is None or x.dtype == torch.float8_e4m3fn else quantize(x, scale)
+    factor = codes.to(torch.float32) if scale is None else codes.to(torch.float32) * scale
     y = (torch.matmul(factor, weight.to(torch.float32).t()) * weight_scale).to(torch.float16)
     y = y if bias is None else y + bias
     if gated:
         first, second = y.chunk(2, -1)
         y = F.gelu(first, approximate="tanh") * second
     y = y if gate is None else y * gate
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    return y if out_scale is None else quantize(y, out_scale)
 
 
 def row_attention(
@@ -78,6 +96,7 @@ def row_attention(
     scales: Tensor | None,
     starts: tuple[int, int, int],
     heads: int,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of H rows over P cached keys and their own, with one key/value head.
 
@@ -90,15 +109,27 @@ def row_attention(
         scales: [4] float32: of the query, the cached keys, the probabilities of cached keys, and the cached values,
             which then are FP8; None for float16.
         heads: of the query.
+        out_scale: [1] float32, by which the result is quantized; None: it is not.
 
     Returns:
-        [1, H, heads * d] float16.
+        [1, H, heads * d] float16 or FP8.
     """
     if query.is_cuda:
         from pi05c.backend import triton_kernels
 
         return triton_kernels.row_attention(  # type: ignore[no-any-return]
-            query, key, value, cached_keys, cached_values, cos, sin, mask, scales, list(starts), heads
+            query,
+            key,
+            value,
+            cached_keys,
+            cached_values,
+            cos,
+            sin,
+            mask,
+            scales,
+            out_scale,
+            list(starts),
+            heads,
         )
     dim, length = cached_keys.shape[-2:]
     rows = query.shape[1]
@@ -124,7 +155,8 @@ def row_attention(
         codes = quantize(first, scales[2]).to(torch.float32)
         mixed = (torch.matmul(codes, values.to(torch.float32)) * (scales[2] * scales[3])).to(torch.float16)
     mixed = mixed + torch.matmul(second, v)
-    return mixed.transpose(0, 1).reshape(1, rows, heads * dim)
+    mixed = mixed.transpose(0, 1).reshape(1, rows, heads * dim)
+    return mixed if out_scale is None else quantize(mixed, out_scale)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
