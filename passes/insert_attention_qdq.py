@@ -14,7 +14,7 @@ from pi05c.graph.io import scopes
 from pi05c.graph.ranges import Ranges
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.attention import Attention, Chunk, attention_operators, find_attention
-from pi05c.passes.patterns.parts import parts_of
+from pi05c.passes.patterns.parts import Part, parts_of
 from pi05c.passes.patterns.walk import origin, scalar, static_shape
 from pi05c.passes.quantize import E4M3_MAX, Quantizer, activation_scale, is_quantized, working_precision
 
@@ -37,14 +37,20 @@ def _factors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]:
     formats=("float8e4m3fn",),
 )
 def insert_attention_qdq(
-    graph: gs.Graph, ctx: PassContext, *, vision: bool = False, min_keys: int = 64
+    graph: gs.Graph,
+    ctx: PassContext,
+    *,
+    vision: bool = False,
+    min_keys: int = 64,
+    keep: tuple[Part, ...] = (),
 ) -> None:
     """Quantize Q, K, V and the probabilities of each attention, or chunk of one, to FP8: all four or none.
 
     K's transpose stays above its quantize and 1/sqrt(d) moves above Q's, so that nothing stands between a
     dequantize and its MatMul. The probabilities' scale is 1/448. Where keys come in several chunks, a chunk of
     fewer than `min_keys` keys keeps the working precision: quantizing the few keys of the actions themselves costs
-    more time than it saves. The vision tower's attention is left alone unless `vision` says otherwise.
+    more time than it saves. The vision tower's attention is left alone unless `vision` says otherwise, that of the parts
+    in `keep` (`prefix`, `denoise`) in any case.
     """
     parts = parts_of(graph)
     quantizers = {id(scope): Quantizer(ctx.editor(scope)) for scope in scopes(graph)}
@@ -57,6 +63,8 @@ def insert_attention_qdq(
         reason = _obstacle(attention)
         if not reason and not vision and parts[id(attention.qk)] == "vision":
             reason = "it belongs to the vision tower"
+        if not reason and parts[id(attention.qk)] in keep:
+            reason = "an option keeps it"
         if reason:
             ctx.skip(attention.name, reason)
             continue

@@ -805,6 +805,25 @@ def insert_attention_qdq__chunks() -> onnx.ModelProto:
 
 @case(
     "insert_attention_qdq",
+    "The attention of a part that an option keeps is left alone; without camera and flow everything is prefix.",
+    ranges={"q": (-1.5, 1.5), "k": (-1.5, 1.5), "v": (-4, 4)},
+    options={"keep": "prefix"},
+    limit=0.0,
+    why="nothing changes",
+)
+def insert_attention_qdq__kept() -> onnx.ModelProto:
+    return graph_text(
+        """
+        attention (float16[1,2,4,16] q, float16[1,2,16,6] k, float16[1,2,6,16] v) => (float16[1,2,4,16] y) {
+          logits = MatMul(q, k)
+          probs = Softmax<axis = -1>(logits)
+          y = MatMul(probs, v)
+        }"""
+    )
+
+
+@case(
+    "insert_attention_qdq",
     "All or none: V has no range, so Q, K and the probabilities are not quantized either.",
     ranges={"q": (-1.5, 1.5), "k": (-1.5, 1.5)},
     limit=0.0,
