@@ -44,12 +44,17 @@ class Step:
         return self.spec.formats_for(**self.options)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The options, the limit among them where there is one."""
+        return self.options if self.limit is None else {**self.options, LIMIT: self.limit}
+
+    @property
     def text(self) -> str:
         """The step as pipeline text."""
-        options = self.options if self.limit is None else {**self.options, LIMIT: self.limit}
-        if not options:
+        if not self.given:
             return self.spec.name
-        return f"{self.spec.name}{{{','.join(f'{key}={_spell(value)}' for key, value in options.items())}}}"
+        spelled = ",".join(f"{key}={_spell(value)}" for key, value in self.given.items())
+        return f"{self.spec.name}{{{spelled}}}"
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ def run(
             before_step(step)
         if step.spec.ranges is not None and not asked:
             asked = True
-            wanted = _wanted(model, steps[index:])
-            ranges = calibrate(model, wanted) if calibrate is not None and wanted.tensors else None
+            needed = wanted(model, steps[index:])
+            ranges = calibrate(model, needed) if calibrate is not None and needed.tensors else None
         results.append(_run_step(model, step, ranges, dry))
         if after_step is not None:
             after_step(model, results[-1])
@@ -212,7 +217,8 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> Ste
     )
 
 
-def _wanted(model: Model, steps: Sequence[Step]) -> Wanted:
+def wanted(model: Model, steps: Sequence[Step]) -> Wanted:
+    """What must be measured of a model for steps that run on it or later."""
     names: dict[str, None] = {}
     rows: dict[str, int] = {}
     for step in steps:

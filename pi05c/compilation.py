@@ -62,6 +62,7 @@ from pi05c.manifest import (
 )
 from pi05c.observation import Observation
 from pi05c.passrun import RunOptions, RunSamples, plan, samples_for
+from pi05c.pipelinefile import MODEL, files_of, read_pipeline_file
 from pi05c.precision import default_limit, dtypes_of, operators_of, precision_of, refuse_limit
 from pi05c.progress import Progress
 from pi05c.report import write_report
@@ -258,6 +259,7 @@ def _prepare(
         refuse_without_profile(builder, tensor_records(plain.graph.inputs))
         samples = samples_for(plain, steps, calibration, progress)
         source = source_of(plain)
+        warn_of_other_model(passes, source.sha256, progress)
     return _Job(
         path=path,
         requested=passes or "default",
@@ -437,6 +439,16 @@ def _verify(
             f"{kept} and must not be deployed; leave out passes, or raise --max-error if this is acceptable"
         )
     return manifest
+
+
+def warn_of_other_model(passes: str | None, sha256: str, progress: Progress) -> None:
+    """Say which file of `passes` was made for another model than the one of this hash."""
+    for path in files_of(passes or ""):
+        made_for = read_pipeline_file(path).provenance.get(MODEL)
+        if made_for is not None and made_for != sha256:
+            progress.warn(
+                f"{path} was made for another model: what it keeps in higher precision may not fit this one"
+            )
 
 
 def verification_record(comparison: Comparison, limit: float) -> VerificationRecord:

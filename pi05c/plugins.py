@@ -16,6 +16,7 @@ from pathlib import Path
 from pi05c.graph.errors import Pi05cError
 from pi05c.passes import PRESETS, REGISTRY
 from pi05c.passes.pipeline import Step, named, parse
+from pi05c.pipelinefile import expand
 
 GROUP = "pi05c.passes"
 """The group of entry points; each is named after the pass that it registers, or, with several, as it likes."""
@@ -25,17 +26,18 @@ _loaded: dict[str, frozenset[str]] = {}
 
 
 def parse_passes(text: str, plugins: Iterable[str | Path] = ()) -> tuple[Step, ...]:
-    """Load plug-ins and read a pipeline's text, in which their passes stand like any others.
+    """Load plug-ins and read a pipeline's text, in which their passes stand like any others, and `@FILE` for a file's.
 
     Args:
         plugins: as `load_plugin` takes them.
 
     Raises:
-        Pi05cError: a plug-in cannot be loaded.
+        Pi05cError: a plug-in or a file cannot be loaded.
         UsageError: as `pi05c.passes.pipeline.parse`.
     """
     for plugin in plugins:
         load_plugin(plugin)
+    text = expand(text)
     for name in named(text):
         if name not in REGISTRY and name not in PRESETS:
             for point in entry_points(group=GROUP, name=name):
