@@ -16,7 +16,7 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
 from pi05c.graph.opset import raise_opset
 from pi05c.graph.ranges import Ranges, Wanted
-from pi05c.graph.sort import sort_graph
+from pi05c.graph.sort import scopes, sort_graph
 from pi05c.passes.contract import REGISTRY, LimitReached, Pass, PassContext, Skip
 
 _ITEM = re.compile(r"(?P<minus>-?)(?P<name>\w+)(?:\{(?P<options>[^{}]*)\})?\Z")
@@ -288,4 +288,4 @@ def _check_order(steps: Sequence[Step]) -> None:
 
 
 def _node_count(model: Model) -> int:
-    return len(model.graph.nodes) + sum(len(sub.nodes) for sub in model.graph.subgraphs(recursive=True))
+    return sum(len(scope.nodes) for scope in scopes(model.graph))

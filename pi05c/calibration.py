@@ -71,7 +71,7 @@ class MeasuredRanges(Ranges):
     graph_sha256: str = ""
     data_sha256: str = ""
     samples: int = 0
-    cached: bool = False
+    cached: bool = field(default=False, compare=False)
 
 
 def measure_ranges(
@@ -215,22 +215,8 @@ def save_ranges(path: Path, ranges: MeasuredRanges) -> None:
         raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def load_ranges(path: Path, model: Model) -> MeasuredRanges:
-    """Read what `save_ranges` wrote.
-
-    Raises:
-        Pi05cError: the file cannot be read, or its ranges were measured on another graph than `model`.
-    """
-    ranges = read_ranges(path)
-    if ranges.graph_sha256 != graph_sha256(model):
-        raise Pi05cError(
-            f"{path} was measured on another graph than the one at hand: calibrate this one on its samples again"
-        )
-    return ranges
-
-
 def read_ranges(path: Path) -> MeasuredRanges:
-    """As `load_ranges`, whichever graph they were measured on: later passes keep the names that they refer to.
+    """Read what `save_ranges` wrote. Later passes keep the names that ranges refer to.
 
     Raises:
         Pi05cError: the file cannot be read.
@@ -252,18 +238,21 @@ def default_cache_dir() -> Path:
 
 
 def graph_sha256(model: Model) -> str:
-    """Hash of a graph: its opsets, its canonical text, and the SHA-256 of every initializer.
+    """Hash of a graph: its opsets, its canonical text, and the content of every initializer (`Weight.content`).
 
-    Weights are read only where neither their file nor an earlier call recorded their SHA-256.
+    Weights are read only where neither their file nor an earlier call recorded their SHA-256. A weight that is computed
+    counts as what it is computed from, so that a graph that was saved and loaded has another hash.
     """
     graph = model.graph
-    digest = hashlib.sha256(f"{graph.opset}\n{canonical_text(graph)}".encode())
+    digest = hashlib.sha256(f"{graph.opset}\n{canonical_text(graph, values=False)}".encode())
     for entry in sorted((entry.domain, entry.version) for entry in graph.import_domains or ()):
         digest.update(repr(entry).encode())
     proto, pending = to_proto(model)
     for tensor in stored_tensors(proto):
         weight = pending.get(location_of(tensor) or "")
-        digest.update(weight.checksum().encode() if weight else tensor.SerializeToString(deterministic=True))
+        digest.update(
+            repr(weight.content()).encode() if weight else tensor.SerializeToString(deterministic=True)
+        )
     return digest.hexdigest()
 
 
@@ -555,7 +544,6 @@ __all__ = [
     "cached_ranges",
     "default_cache_dir",
     "graph_sha256",
-    "load_ranges",
     "measure_ranges",
     "rows_path",
     "save_ranges",

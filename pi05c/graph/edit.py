@@ -13,9 +13,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy, to_onnx
-from pi05c.graph.io import scopes
 from pi05c.graph.runner import Array
-from pi05c.graph.sort import captured_by, sort_graph
+from pi05c.graph.sort import captured_by, scopes, scopes_of, sort_graph
 from pi05c.graph.weights import InMemory, Weight
 
 
@@ -125,7 +124,7 @@ class Editor:
 
 def detach(node: gs.Node) -> None:
     """Clear a node's inputs and outputs, and those inside its subgraphs; the caller takes it off the node list."""
-    for subgraph in node.subgraphs(recursive=True):
+    for subgraph in scopes_of(node):
         for inner in subgraph.nodes:
             inner.inputs.clear()
             inner.outputs.clear()

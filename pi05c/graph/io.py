@@ -13,7 +13,9 @@ import hashlib
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from pi05c.graph.dtypes import bits, to_numpy
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.sort import sort_proto
+from pi05c.graph.sort import scopes, sort_proto
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -41,6 +43,9 @@ ALIGNMENT = 64
 """Offset alignment of external tensors, in bytes: one cache line, enough for every vector load."""
 
 _COPY_BYTES = 2**26
+
+_EVALUATED_BYTES = 2**22
+"""What a thread evaluates at a time, in bytes of the result: small enough that a single weight keeps all of them busy."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -241,12 +246,11 @@ def save(
     partial_data = path.with_name(f".{path.name}.data.partial")
     partial_model = path.with_name(f".{path.name}.partial")
     try:
-        with partial_data.open("wb") as file:
-            writer = _DataWriter(file, data_path.name, shared)
+        with partial_data.open("wb") as file, _DataWriter(file, data_path.name, shared) as writer:
             stored = [tensor for tensor in tensors(proto) if location_of(tensor) in pending]
-            told = _Told(update, [pending[location_of(tensor) or ""] for tensor in stored])
-            for tensor in stored:
-                weight = pending[location_of(tensor) or ""]
+            weights = [pending[location_of(tensor) or ""] for tensor in stored]
+            told = _Told(update, weights)
+            for tensor, weight in zip(stored, weights, strict=True):
                 writer.write(tensor, weight)
                 told.done(weight)
         partial_model.write_bytes(proto.SerializeToString())
@@ -284,7 +288,7 @@ class _Told:
 
 
 class _DataWriter:
-    """Appends weights to an external-data file, each once, and points tensors at them."""
+    """Appends weights to an external-data file, each once, and points tensors at them. Threads evaluate their chunks."""
 
     def __init__(self, file: Any, name: str, shared: DataFolder | None) -> None:
         self.file = file
@@ -292,6 +296,13 @@ class _DataWriter:
         self.offset = 0
         self.shared = shared
         self.written: dict[object, _Place] = {}
+        self._threads = ThreadPoolExecutor(_processors())
+
+    def __enter__(self) -> _DataWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
     def write(self, tensor: onnx.TensorProto, weight: Weight) -> None:
         place = self.written.get(_identity(weight))
@@ -322,12 +333,26 @@ class _DataWriter:
                 _copy(source.fileno(), weight.offset, self.file.fileno(), self.offset, weight.nbytes)
             return checksum
         digest = hashlib.sha256()
-        for chunk in weight.chunks():
-            raw = stored_bytes(chunk)
+        for raw in self._evaluated(weight):
             digest.update(raw)
             self.file.write(raw)
         weight._checksum = digest.hexdigest()
         return weight._checksum
+
+    def _evaluated(self, weight: Weight) -> Iterator[bytes | memoryview]:
+        """The bytes of a weight in chunks, of which as many are in memory as there are threads, and one."""
+        ahead: deque[Future[bytes | memoryview]] = deque()
+        for region in weight.regions(_EVALUATED_BYTES):
+            ahead.append(self._threads.submit(lambda part: stored_bytes(weight.read(part)), region))
+            if len(ahead) > _processors():
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _processors() -> int:
+    """Processors that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:
@@ -341,12 +366,6 @@ def _copy(source: int, source_offset: int, target: int, target_offset: int, leng
         if not done:
             raise OSError("the source file ended early")
         source_offset, target_offset, length = source_offset + done, target_offset + done, length - done
-
-
-def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
-    """The graph and every subgraph inside it, outer before inner."""
-    yield graph
-    yield from graph.subgraphs(recursive=True)
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

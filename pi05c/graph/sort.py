@@ -6,7 +6,7 @@ of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import onnx
@@ -33,9 +33,8 @@ def sort_proto(graph: onnx.GraphProto) -> None:
 
 def sort_graph(graph: gs.Graph) -> None:
     """Sort the nodes of a graph and of every subgraph in place; a sorted graph stays as it is."""
-    for subgraph in graph.subgraphs(recursive=True):
-        _sort_nodes(subgraph)
-    _sort_nodes(graph)
+    for scope in scopes(graph):
+        _sort_nodes(scope)
 
 
 def _sort_nodes(graph: gs.Graph) -> None:
@@ -48,11 +47,25 @@ def _sort_nodes(graph: gs.Graph) -> None:
     graph.nodes = [graph.nodes[index] for index in order]
 
 
+def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """The graph and every subgraph inside it, outer before inner."""
+    yield graph
+    for node in graph.nodes:
+        yield from scopes_of(node)
+
+
+def scopes_of(node: gs.Node) -> Iterator[gs.Graph]:
+    """Every subgraph of a node, outer before inner."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            yield from scopes(value)
+
+
 def captured_by(node: gs.Node) -> list[gs.Tensor]:
     """Tensors that the subgraphs of a node read, whichever scope they come from."""
     return [
         tensor
-        for subgraph in node.subgraphs(recursive=True)
+        for subgraph in scopes_of(node)
         for tensor in (*(t for inner in subgraph.nodes for t in inner.inputs), *subgraph.outputs)
     ]
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,26 +21,32 @@ _SHOWN_VALUES = 8
 computed them), larger ones by hash."""
 
 
-def canonical_text(graph: gs.Graph) -> str:
-    """The graph as text; attributes sorted, initializers where they are first used, bodies indented."""
-    return "\n".join(_lines(graph, "", set())) + "\n"
+def canonical_text(graph: gs.Graph, *, values: bool = True) -> str:
+    """The graph as text; attributes sorted, initializers where they are first used, bodies indented.
+
+    Args:
+        values: show what initializers hold, for which they are read.
+    """
+    return "\n".join(_lines(graph, "", set(), initializer_line if values else declared)) + "\n"
 
 
-def _lines(graph: gs.Graph, indent: str, shown: set[int]) -> Iterator[str]:
+def _lines(
+    graph: gs.Graph, indent: str, shown: set[int], line: Callable[[gs.Constant], str]
+) -> Iterator[str]:
     yield f"{indent}inputs: {', '.join(declared(tensor) for tensor in graph.inputs)}"
     for node in graph.nodes:
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
                 shown.add(id(tensor))
-                yield f"{indent}{initializer_line(tensor)}"
+                yield f"{indent}{line(tensor)}"
         yield f"{indent}{node_line(node)}"
         for key, value in sorted(node.attrs.items()):
             if isinstance(value, gs.Graph):
                 yield f"{indent}  {key}:"
-                yield from _lines(value, indent + "    ", shown)
+                yield from _lines(value, indent + "    ", shown, line)
     for tensor in graph.outputs:
         if isinstance(tensor, gs.Constant) and id(tensor) not in shown:
-            yield f"{indent}{initializer_line(tensor)}"
+            yield f"{indent}{line(tensor)}"
     yield f"{indent}outputs: {', '.join(declared(tensor) for tensor in graph.outputs)}"
 
 

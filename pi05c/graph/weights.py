@@ -32,6 +32,12 @@ Region = tuple[slice, ...]
 CHUNK_BYTES = 32 * 2**20
 """Working-set size of chunked evaluation, in bytes of the result."""
 
+_COUNTED = 2**18
+"""Elements that are counted at a time: what `numpy.bincount` widens to 64 bits then stays in the cache."""
+
+_TILE = 256
+"""Rows and columns that are transposed at a time, which the cache holds."""
+
 _TABLE_THRESHOLD = 2**18
 """From this many 16-bit elements on, an elementwise function is cheaper as a table of all 65,536 inputs."""
 
@@ -69,14 +75,19 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
         proto.external_data.add(key="location", value=f"{PENDING}{id(self)}")
         return proto
 
+    def regions(self, size: int | None = None) -> list[Region]:
+        """The tensor in row-major order, in pieces along the first axis of about `size` bytes, by default `CHUNK_BYTES`."""
+        size = size or CHUNK_BYTES
+        if not self.shape or self.nbytes <= size:
+            return [whole(self.shape)]
+        rows = max(1, size * self.shape[0] // self.nbytes)
+        starts = range(0, self.shape[0], rows)
+        return [(slice(start, min(start + rows, self.shape[0])), *whole(self.shape[1:])) for start in starts]
+
     def chunks(self) -> Iterator[Array]:
-        """The tensor in row-major order, in pieces along the first axis of about `CHUNK_BYTES`."""
-        if not self.shape or self.nbytes <= CHUNK_BYTES:
-            yield self.load()
-            return
-        rows = max(1, CHUNK_BYTES * self.shape[0] // self.nbytes)
-        for start in range(0, self.shape[0], rows):
-            yield self.read((slice(start, min(start + rows, self.shape[0])), *whole(self.shape[1:])))
+        """The elements of each of `regions`; a scalar is an array without axes, where indexing would give a number."""
+        for region in self.regions():
+            yield np.asarray(self.read(region))
 
     def amax(self) -> float:
         """The largest absolute value, read once and remembered; inf or nan where an element is."""
@@ -91,13 +102,19 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
             The values in float32 and their counts in int64, of the 65,536 bfloat16 numbers those that occur.
         """
         if self._histogram is None:
-            counts = np.zeros(2**16, np.int64)
-            for chunk in self.chunks():
-                narrow = np.ascontiguousarray(chunk if chunk.dtype == BFLOAT16 else chunk.astype(BFLOAT16))
-                counts += np.bincount(narrow.reshape(-1).view(np.uint16), minlength=2**16)
+            counts = self._counts()
             codes = np.flatnonzero(counts)
             self._histogram = (codes.astype(np.uint16).view(BFLOAT16).astype(np.float32), counts[codes])
         return self._histogram
+
+    def _counts(self) -> Array:
+        """How often each of the 65,536 codes of bfloat16 occurs, int64."""
+        counts = np.zeros(2**16, np.int64)
+        for chunk in self.chunks():
+            codes = _in_any_order(chunk.astype(BFLOAT16, copy=False)).view(np.uint16)
+            for start in range(0, len(codes), _COUNTED):
+                counts += np.bincount(codes[start : start + _COUNTED], minlength=2**16)
+        return counts
 
     def fingerprint(self) -> object:
         """A hashable that two weights share only if they hold the same bytes, found without reading large files.
@@ -105,7 +122,13 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
         Of a stored weight it is the recorded checksum or the place in the file; of a derived one the operation and
         the fingerprint of what it derives from.
         """
-        return id(self)
+        return (str(self.dtype), self.shape, self.checksum())
+
+    def content(self) -> object:
+        """As `fingerprint`, but the same in another place and on another day; files without checksums are read."""
+        for found in _stored(self):
+            found.checksum()
+        return self.fingerprint()
 
     def checksum(self) -> str:
         """SHA-256 of the stored bytes in row-major order, in hexadecimal."""
@@ -130,9 +153,6 @@ class InMemory(Weight):
 
     def read(self, region: Region) -> Array:
         return self.array[region]
-
-    def fingerprint(self) -> object:
-        return (str(self.dtype), self.shape, self.checksum())
 
 
 class Stored(Weight):
@@ -202,6 +222,9 @@ class Transposed(Weight):
     def amax(self) -> float:
         return self.base.amax()
 
+    def _counts(self) -> Array:
+        return self.base._counts()
+
     def fingerprint(self) -> object:
         return ("transposed", self.perm, self.base.fingerprint())
 
@@ -218,6 +241,9 @@ class Reshaped(Weight):
 
     def amax(self) -> float:
         return self.base.amax()
+
+    def _counts(self) -> Array:
+        return self.base._counts()
 
     def fingerprint(self) -> object:
         return ("reshaped", self.shape, self.base.fingerprint())
@@ -250,6 +276,10 @@ class Joined(Weight):
 
     def amax(self) -> float:
         return float(np.max([part.amax() for part in self.parts]))
+
+    def _counts(self) -> Array:
+        counts: Array = np.sum([part._counts() for part in self.parts], axis=0)
+        return counts
 
     def fingerprint(self) -> object:
         return ("joined", self.axis, tuple(part.fingerprint() for part in self.parts))
@@ -324,21 +354,47 @@ class Projected(Weight):
         return ("projected", self.vector.tobytes(), bias, self.base.fingerprint())
 
 
-class Cast(Weight):
+class _Elementwise(Weight):
+    """What a function makes of each element of `base` by itself; a chain of them is one function."""
+
+    base: Weight
+
+    @abstractmethod
+    def _function(self, values: Array) -> Array:
+        """The elements in `dtype`."""
+
+    def _root(self) -> tuple[Weight, Callable[[Array], Array]]:
+        """What the chain starts from, and its function."""
+        if not isinstance(self.base, _Elementwise) or not self.base._uniform:
+            return self.base, self._function
+        root, inner = self.base._root()
+        return root, lambda values: self._function(inner(values))
+
+    @property
+    def _uniform(self) -> bool:
+        """Whether all elements go through the same function."""
+        return True
+
+    def read(self, region: Region) -> Array:
+        root, function = self._root()
+        return _elementwise(function, root.read(region))
+
+
+class Cast(_Elementwise):
     """`base` rounded to `dtype`, to the nearest, ties to even."""
 
     def __init__(self, base: Weight, dtype: Any) -> None:
         super().__init__(base.shape, dtype)
         self.base = base
 
-    def read(self, region: Region) -> Array:
-        return _elementwise(lambda values: values.astype(self.dtype), self.base.read(region))
+    def _function(self, values: Array) -> Array:
+        return values.astype(self.dtype)
 
     def fingerprint(self) -> object:
         return ("cast", str(self.dtype), self.base.fingerprint())
 
 
-class Quantized(Weight):
+class Quantized(_Elementwise):
     """What ONNX QuantizeLinear makes of `base`: `saturate(round(base / scale))` in a float `dtype`.
 
     `scale` holds positive values in the dtype in which the graph stores them and broadcasts to `base`; the codes
@@ -352,21 +408,35 @@ class Quantized(Weight):
         self.scale = np.asarray(scale).astype(np.float32)
         self.scale = self.scale.reshape((1,) * (rank - self.scale.ndim) + self.scale.shape)
 
-    def read(self, region: Region) -> Array:
+    @property
+    def _uniform(self) -> bool:
+        return self.scale.size == 1
+
+    def _function(self, values: Array) -> Array:
+        return self._quantize(values, self.scale.reshape(()))
+
+    def _quantize(self, values: Array, scale: Array) -> Array:
         largest = np.float32(LARGEST[self.dtype])
+        return np.clip(values.astype(np.float32) / scale, -largest, largest).astype(self.dtype)
 
-        def quantize(values: Array, scale: Array) -> Array:
-            scaled = values.astype(np.float32) / scale
-            return np.clip(scaled, -largest, largest).astype(self.dtype)
-
-        values = self.base.read(region)
-        if self.scale.size == 1:
-            return _elementwise(lambda part: quantize(part, self.scale.reshape(())), values)
-        return quantize(values, self.scale[_broadcast(region, self.scale.shape)])
+    def read(self, region: Region) -> Array:
+        if self._uniform:
+            return super().read(region)
+        return self._quantize(self.base.read(region), self.scale[_broadcast(region, self.scale.shape)])
 
     def fingerprint(self) -> object:
         scale = (self.scale.shape, self.scale.tobytes())
         return ("quantized", str(self.dtype), scale, self.base.fingerprint())
+
+
+def _stored(weight: Weight) -> Iterator[Stored]:
+    """The stored weights that a weight derives from."""
+    if isinstance(weight, Stored):
+        yield weight
+    for value in vars(weight).values():
+        for source in value if isinstance(value, tuple) else (value,):
+            if isinstance(source, Weight):
+                yield from _stored(source)
 
 
 def whole(shape: Sequence[int]) -> Region:
@@ -403,7 +473,25 @@ def stored_bytes(values: Array) -> bytes | memoryview:
     """The little-endian, row-major bytes in which ONNX stores `values` (FP4 and INT4 packed two a byte)."""
     if bits(values.dtype) == 4:
         return numpy_helper.from_array(values).raw_data
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    return _row_major(values).reshape(-1).view(np.uint8).data
+
+
+def _row_major(values: Array) -> Array:
+    """`values` in row-major order; of a transposed matrix tile by tile, since numpy's copy goes against the cache."""
+    if values.ndim != 2 or abs(values.strides[0]) >= abs(values.strides[1]) or min(values.shape) < _TILE:
+        return np.ascontiguousarray(values)
+    result: Array = np.empty(values.shape, values.dtype)
+    for row in range(0, values.shape[0], _TILE):
+        for column in range(0, values.shape[1], _TILE):
+            tile = values[row : row + _TILE, column : column + _TILE]
+            result[row : row + _TILE, column : column + _TILE] = np.ascontiguousarray(tile.T).T
+    return result
+
+
+def _in_any_order(values: Array) -> Array:
+    """The elements as a vector, in the order in which they lie in memory where they lie together."""
+    transposed = values.ndim == 2 and abs(values.strides[0]) < abs(values.strides[1])
+    return np.ascontiguousarray(values.T if transposed else values).reshape(-1)
 
 
 def _amax(values: Array) -> float:
@@ -411,7 +499,7 @@ def _amax(values: Array) -> float:
     if values.size == 0:
         return 0.0
     if values.dtype.itemsize == 2 and values.dtype.kind in "fV":
-        code = (np.ascontiguousarray(values).view(np.uint16) & np.uint16(0x7FFF)).max()
+        code = (_in_any_order(values).view(np.uint16) & np.uint16(0x7FFF)).max()
         return float(code.reshape(1).view(values.dtype)[0])
     return float(np.abs(values.astype(np.float32) if values.dtype.itemsize < 4 else values).max())
 
@@ -419,11 +507,14 @@ def _amax(values: Array) -> float:
 def _elementwise(function: Callable[[Array], Array], values: Array) -> Array:
     if values.dtype.itemsize != 2 or values.size < _TABLE_THRESHOLD:
         return function(values)
+    if values.ndim == 2 and abs(values.strides[0]) < abs(values.strides[1]):
+        turned: Array = _elementwise(
+            function, values.T
+        ).T  # as narrow or narrower, which is cheaper to transpose
+        return turned
     with np.errstate(all="ignore"):
         table = function(np.arange(2**16, dtype=np.uint16).view(values.dtype))
-    codes = (
-        values.view(np.uint16) if values.flags.c_contiguous else np.ascontiguousarray(values).view(np.uint16)
-    )
+    codes = np.ascontiguousarray(values).view(np.uint16)
     return table.view(f"u{table.itemsize}")[codes].view(table.dtype)
 
 

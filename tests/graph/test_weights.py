@@ -80,11 +80,10 @@ def test_values(name: str, base: Weight) -> None:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_chunks_join_to_the_whole(name: str, base: Weight, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_join_to_the_whole(name: str, base: Weight) -> None:
     build, numpy_form = CHAINS[name]
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 200)
     weight, expected = build(base), numpy_form(BASE)
-    chunks = list(weight.chunks())
+    chunks = [weight.read(region) for region in weight.regions(200)]
     assert len(chunks) > 1
     np.testing.assert_array_equal(np.concatenate(chunks).astype(np.float32), expected.astype(np.float32))
     assert weight.amax() == float(np.abs(expected.astype(np.float32)).max())
@@ -187,3 +186,32 @@ def test_a_declared_export_type_is_the_type() -> None:
     constant = gs.Constant("c", np.array([1.001], np.float32), export_dtype=16)
     assert weight_of(constant).dtype == np.dtype(ml_dtypes.bfloat16)
     assert array_of(constant).astype(np.float32).tolist() == [1.0]
+
+
+def test_a_large_transposed_weight_has_the_bytes_and_the_counts_of_its_values() -> None:
+    values = np.random.default_rng(0).standard_normal((300, 1100)).astype(ml_dtypes.bfloat16)
+    base = InMemory(values)
+    half = Transposed(base, (1, 0))
+    weight = Quantized(Cast(Joined([half, half], 1), np.float16), np.array(0.01, np.float32), FP8)
+    turned = np.concatenate([values.T, values.T], axis=1).astype(np.float16)
+    expected = np.clip(turned.astype(np.float32) / np.float32(0.01), -448, 448).astype(FP8)
+    assert b"".join(bytes(stored_bytes(chunk)) for chunk in weight.chunks()) == expected.tobytes()
+    pieces = [bytes(stored_bytes(weight.read(region))) for region in weight.regions(10_000)]
+    assert len(pieces) > 3
+    assert b"".join(pieces) == expected.tobytes()
+    found, counts = Joined([half, Reshaped(half, half.shape)], 1).histogram()
+    expected_values, expected_counts = np.unique(values.astype(np.float32), return_counts=True)
+    order = np.argsort(found)
+    np.testing.assert_array_equal(found[order], expected_values)
+    np.testing.assert_array_equal(counts[order], 2 * expected_counts)
+
+
+def test_content_does_not_depend_on_where_a_weight_lies(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(values.tobytes())
+        found.append(Cast(Transposed(Stored(tmp_path / name, 0, (8, 4), np.float32), (1, 0)), np.float16))
+    assert found[0].content() == found[1].content()
+    other = Cast(Transposed(InMemory(values + 1), (1, 0)), np.float16)
+    assert found[0].content() != other.content()
