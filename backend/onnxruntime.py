@@ -79,7 +79,7 @@ class OnnxRuntimeRunner:
         self._feeds = lowered.feeds
         self._fetches = lowered.fetches
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = _processors() if threads is None else threads
+        options.intra_op_num_threads = processors() if threads is None else threads
         options.log_severity_level = _ERRORS_ONLY
         options.enable_cpu_mem_arena = (
             False  # it keeps what one run took, and outputs in it keep it beyond the session
@@ -159,7 +159,7 @@ def _keep_outputs(graph: onnx.GraphProto, names: Sequence[str], path: Path) -> N
     graph.output.extend(outputs)
 
 
-def _processors() -> int:
+def processors() -> int:
     """Processors that this process may use, which in a container are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -170,4 +170,4 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
 
 
-__all__ = ["OnnxRuntimeRunner", "load_runner"]
+__all__ = ["OnnxRuntimeRunner", "load_runner", "processors"]

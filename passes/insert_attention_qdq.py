@@ -112,7 +112,7 @@ def _scales(attention: Attention, chunk: Chunk, ranges: Ranges) -> _Scales | str
         (chunk.qk, chunk.qk.inputs[1], 1.0),
         (chunk.av, chunk.av.inputs[1], 1.0),
     ):
-        amax, dtype = ranges.amax(tensor), working_precision(node)
+        amax, dtype = ranges.threshold(tensor), working_precision(node)
         scale = None if amax is None or dtype is None else activation_scale(amax * multiple, dtype)
         if scale is None:
             return f"{tensor.name!r} has no usable range"

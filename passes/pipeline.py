@@ -221,13 +221,17 @@ def wanted(model: Model, steps: Sequence[Step]) -> Wanted:
     """What must be measured of a model for steps that run on it or later."""
     names: dict[str, None] = {}
     rows: dict[str, int] = {}
+    quantized: set[str] = set()
     for step in steps:
         if step.spec.ranges is not None:
-            names.update((tensor.name, None) for tensor in step.spec.ranges(model.graph, **step.options))
+            asked = [tensor.name for tensor in step.spec.ranges(model.graph, **step.options)]
+            names.update(dict.fromkeys(asked))
+            if step.formats:
+                quantized.update(asked)
         if step.spec.rows is not None:
             for tensor, count in step.spec.rows(model.graph, **step.options):
                 rows[tensor.name] = max(count, rows.get(tensor.name, 0))
-    return Wanted(tuple(names), rows)
+    return Wanted(tuple(names), rows, frozenset(quantized))
 
 
 def items(text: str) -> Iterator[str]:

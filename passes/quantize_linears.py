@@ -149,7 +149,8 @@ def _to_fp8(
     doubled: TwoTerms | None,
 ) -> str:
     """Quantize both factors to FP8, or say why not; `scales` are those of the weights so far, by `id`."""
-    amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
+    assert ctx.ranges is not None
+    amax, dtype = ctx.ranges.threshold(linear.activation), working_precision(linear.node)
     if amax is None or dtype is None:
         return f"the range of {linear.activation.name!r} was not measured"
     key = id(linear.weight)
@@ -177,7 +178,8 @@ def _to_nvfp4(
     doubled: TwoTerms | None,
 ) -> str:
     """Quantize the weight, and with `nvfp4` the activation, in blocks, or say why not."""
-    amax, dtype = _range_of(linear, ctx), working_precision(linear.node)
+    assert ctx.ranges is not None
+    amax, dtype = ctx.ranges.amax(linear.activation), working_precision(linear.node)
     if amax is None or dtype is None:
         return f"the range of {linear.activation.name!r} was not measured"
     if not (np.isfinite(amax) and amax > 0 and 0 < weight_of(linear.weight).amax() < np.inf):
@@ -202,11 +204,6 @@ def _two_terms_obstacle(linear: Linear) -> str:
     if len(linear.node.inputs) > 2:
         return f"{linear.node.name!r} is a Gemm that would add its bias to both terms"
     return ""
-
-
-def _range_of(linear: Linear, ctx: PassContext) -> float | None:
-    assert ctx.ranges is not None
-    return ctx.ranges.amax(linear.activation)
 
 
 def _formats_of(

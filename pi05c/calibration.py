@@ -1,9 +1,8 @@
 """Ranges of tensors, measured by running a model in onnxruntime on samples.
 
-The model itself is never changed or copied: its export gets reductions (`pi05c.reductions`), its weights stay in
-the files that they are in. Weights that exist only as a computation are evaluated once, into a scratch file that is
-mapped. Of some tensors a few rows are kept too, chosen by hashes of sample and tensor, so that the order of the samples
-does not matter. Results are kept under a hash of the graph, its weights, the data and onnxruntime's version.
+Each sample is run by itself, in this process or another (`pi05c.executors`), and what they give is merged in their order.
+Of some tensors a few rows are kept too, chosen by hashes of sample and tensor, so that the order of the samples does not
+matter. Results are kept under a hash of the graph, its weights, the data and onnxruntime's version.
 """
 
 from __future__ import annotations
@@ -14,39 +13,34 @@ import hashlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from pi05c.backend.lowering import graphs_in, lower
-from pi05c.graph.dtypes import BFLOAT16, to_onnx
+from pi05c.executors import run_tasks
+from pi05c.graph.dtypes import BFLOAT16
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
+from pi05c.graph.io import Model, location_of, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.runner import Array
 from pi05c.graph.text import canonical_text
 from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
-from pi05c.reductions import HAS_NAN, HIGH, LOW, TOTAL, Probe, RowOutput, add_reductions
+from pi05c.probing import Probed, ProbedGraph
+from pi05c.reductions import HAS_NAN, HIGH, LOW, TOTAL, RowOutput
 from pi05c.samples import Samples
+from pi05c.thresholds import MAX, Histogram, Method, Thresholds
 
 CACHE_VARIABLE = "PI05C_CACHE"
 """Environment variable that names the folder of measured ranges."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever ranges must be measured again though neither the graph nor the data changed."""
 
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-_NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
-"""onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
-
-_FATAL_ONLY = 4
-_MESSAGE_CHARACTERS = 600
 _PROBES = (LOW, HIGH, TOTAL)
 
 Progress = Callable[[int, int], None]
@@ -80,9 +74,12 @@ def measure_ranges(
     samples: Samples,
     *,
     rows: Mapping[str, int] | None = None,
+    quantized: Collection[str] = (),
+    method: Method = MAX,
     threads: int | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
+    executor: Executor | None = None,
 ) -> MeasuredRanges:
     """Smallest and largest value of tensors over all samples, and over all steps of the bodies that they lie in.
 
@@ -91,24 +88,52 @@ def measure_ranges(
         tensors: names of graph inputs and of tensors that nodes compute, in bodies of Loop and Scan too. Those that
             are not of a floating type are passed over.
         rows: how many rows of which tensors to keep, rounded to bfloat16; none of those inside bodies.
-        threads: for operators; None: onnxruntime's choice.
+        quantized: those of `tensors` for which `method` chooses a threshold.
+        threads: for operators; None: one for each processor that this process may use.
         scratch: folder for weights that have to be evaluated; None: the system's folder for temporary files.
+        executor: where samples run; None: here, one after the other. The result is the same.
 
     Raises:
         Pi05cError: there are no samples, a tensor holds NaN, or onnxruntime cannot run the graph.
     """
-    return _measure(model, tensors, rows or {}, samples, graph_sha256(model), threads, progress, scratch)
+    asked = _Asked.of(tensors, rows, quantized, method)
+    return _measure(model, asked, samples, graph_sha256(model), threads, progress, scratch, executor)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be measured; see `measure_ranges`."""
+
+    tensors: tuple[str, ...]
+    rows: Mapping[str, int]
+    quantized: frozenset[str]
+    method: Method
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[str],
+        rows: Mapping[str, int] | None,
+        quantized: Collection[str],
+        method: Method,
+    ) -> _Asked:
+        return cls(tuple(tensors), rows or {}, frozenset(() if method == MAX else quantized), method)
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """The tensors of which histograms are taken."""
+        return self.quantized if self.method.counts else frozenset()
 
 
 def _measure(
     model: Model,
-    tensors: Sequence[str],
-    rows: Mapping[str, int],
+    asked: _Asked,
     samples: Samples,
     graph_hash: str,
     threads: int | None,
     progress: Progress | None,
     scratch: Path | None,
+    executor: Executor | None,
 ) -> MeasuredRanges:
     if not samples:
         raise Pi05cError("there is no sample to calibrate with: give --calibration FILE.npz")
@@ -116,45 +141,102 @@ def _measure(
     high: dict[str, float] = {}
     taken: dict[str, list[Array]] = {}
     with contextlib.ExitStack() as stack:
-        probed = stack.enter_context(_Probed.of(model, tensors, _PROBES, threads, scratch, rows))
-        chosen = {each.tensor: _chosen(each, rows[each.tensor], samples) for each in probed.rows}
-        exact: dict[tuple[str, ...], _Probed] = {}
-        for index, sample in enumerate(samples):
-            numbers, kept = probed.run(sample, {name: places[index] for name, places in chosen.items()})
-            lows, highs, totals = numbers
-            suspects = tuple(
-                name for name, total in zip(probed.names, totals, strict=True) if np.isnan(total)
+        probed = stack.enter_context(
+            ProbedGraph.of(
+                model,
+                asked.tensors,
+                _PROBES,
+                rows=asked.rows,
+                histograms=asked.counted,
+                threads=threads,
+                scratch=scratch,
             )
+        )
+        found = probed.reductions
+        chosen = {each.tensor: _chosen(each, asked.rows[each.tensor], samples) for each in found.rows}
+        exact: dict[tuple[str, ...], ProbedGraph] = {}
+        tasks = (
+            _Task(
+                probed,
+                samples[index : index + 1],
+                {name: places[index] for name, places in chosen.items()},
+                executor is not None,
+            )
+            for index in range(len(samples))
+        )
+        thresholds = Thresholds(asked.method)
+        for index, result in enumerate(run_tasks(_run, tasks, executor)):
+            lows, highs, totals = result.numbers
+            suspects = tuple(name for name, total in zip(found.names, totals, strict=True) if np.isnan(total))
             if suspects:
                 if suspects not in exact:
-                    counted = _Probed.of(model, suspects, (HAS_NAN,), threads, scratch)
+                    counted = ProbedGraph.of(model, suspects, (HAS_NAN,), threads=threads, scratch=scratch)
                     exact[suspects] = stack.enter_context(counted)
-                _refuse_nan(exact[suspects], sample, index, samples)
-            for name, smallest, largest in zip(probed.names, lows.tolist(), highs.tolist(), strict=True):
+                _refuse_nan(exact[suspects], index, samples)
+            for name, smallest, largest in zip(found.names, lows.tolist(), highs.tolist(), strict=True):
                 low[name] = min(low.get(name, math.inf), smallest)
                 high[name] = max(high.get(name, -math.inf), largest)
-            for name, values in kept.items():
-                taken.setdefault(name, []).append(values.astype(BFLOAT16))
+            for output, counts in zip(found.histograms, result.histograms, strict=True):
+                for name, of_steps in zip(output.names, _by_tensor(counts), strict=True):
+                    if math.inf in (-low[name], high[name]):
+                        raise Pi05cError(
+                            f"tensor {name!r}, which is to be quantized, holds infinity on sample {index} of "
+                            f"{samples.source}, and is the first that does: take the sample out, or --calibration-method max"
+                        )
+                    for row in of_steps:
+                        thresholds.add(name, Histogram.of_output(row))
+            for name, values in result.rows.items():
+                taken.setdefault(name, []).append(values)
             if progress is not None:
                 progress(index + 1, len(samples))
-    left_out = dict(probed.left_out)
+    left_out = dict(found.left_out)
     measured = {}
-    for name, root in probed.measured_as.items():
+    for name, root in found.measured_as.items():
         if low[root] <= high[root]:
             measured[name] = root
         else:
             left_out[name] = "it was never computed: the body that it lies in runs no step on these samples"
+    largest = {
+        root: max(abs(low[root]), abs(high[root]))
+        for name, root in measured.items()
+        if name in asked.quantized
+    }
+    clipped = thresholds.choose(largest)
     return MeasuredRanges(
         {name: low[root] for name, root in measured.items()},
         {name: high[root] for name, root in measured.items()},
         samples.source,
         samples.synthetic,
         {name: InMemory(np.concatenate(parts)) for name, parts in taken.items()},
+        {name: clipped[root] for name, root in measured.items() if name in asked.quantized},
         left_out,
         graph_hash,
         samples.sha256,
         len(samples),
     )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One sample, and which rows are kept of it; `elsewhere` is in a process that the executor keeps."""
+
+    graph: ProbedGraph
+    sample: Samples
+    places: Mapping[str, Array]
+    elsewhere: bool
+
+
+def _run(task: _Task) -> Probed:
+    """What the graph gives, rows in bfloat16."""
+    found = task.graph.run(task.sample[0], task.places, shrink=task.elsewhere)
+    rows = {name: values.astype(BFLOAT16) for name, values in found.rows.items()}
+    return Probed(found.numbers, rows, found.histograms)
+
+
+def _by_tensor(counts: Array) -> Array:
+    """Histograms of any number of steps as [tensors, steps, 1 + BINS]."""
+    by_tensor: Array = counts.reshape(-1, *counts.shape[-2:]).swapaxes(0, 1)
+    return by_tensor
 
 
 def _chosen(rows: RowOutput, count: int, samples: Samples) -> list[Array]:
@@ -175,28 +257,31 @@ def cached_ranges(
     cache_dir: Path | None = None,
     *,
     rows: Mapping[str, int] | None = None,
+    quantized: Collection[str] = (),
+    method: Method = MAX,
     threads: int | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
     fresh: bool = False,
+    executor: Executor | None = None,
 ) -> MeasuredRanges:
     """As `measure_ranges`, unless the same was measured before.
 
-    The key covers the graph, its weights, the values of the samples, the tensors asked for and onnxruntime's
-    version. An entry that cannot be read is measured again; a folder that cannot be written costs the next run.
+    The key covers the graph, its weights, the values of the samples, the tensors asked for, the method and
+    onnxruntime's version. An entry that cannot be read is measured again; a folder that cannot be written costs the next run.
 
     Args:
         cache_dir: None: `default_cache_dir()`.
         fresh: measure though it was.
     """
     graph_hash = graph_sha256(model)
-    rows = rows or {}
-    path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, tensors, rows, samples)}.json"
+    asked = _Asked.of(tensors, rows, quantized, method)
+    path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, asked, samples)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Pi05cError):
         ranges = _read(path)
-        if not fresh and _answers(ranges, graph_hash, [*tensors, *rows], samples):
+        if not fresh and _answers(ranges, graph_hash, [*asked.tensors, *asked.rows], samples):
             return dataclasses.replace(ranges, source=samples.source, cached=True)
-    ranges = _measure(model, tensors, rows, samples, graph_hash, threads, progress, scratch)
+    ranges = _measure(model, asked, samples, graph_hash, threads, progress, scratch, executor)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, ranges)
@@ -256,197 +341,28 @@ def graph_sha256(model: Model) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class _Probed:
-    """A model that is loaded to return the numbers of `probes` for each of `names`."""
-
-    names: tuple[str, ...]
-    measured_as: Mapping[str, str]
-    left_out: Mapping[str, str]
-    probes: tuple[Probe, ...]
-    outputs: tuple[str, ...]
-    session: Any
-    renamed: Mapping[str, str]
-    weights: Mapping[str, Any]
-    rows: tuple[RowOutput, ...] = ()
-
-    @classmethod
-    @contextlib.contextmanager
-    def of(
-        cls,
-        model: Model,
-        wanted: Sequence[str],
-        probes: tuple[Probe, ...],
-        threads: int | None,
-        scratch: Path | None,
-        rows: Collection[str] = (),
-    ) -> Iterator[_Probed]:
-        """Load a model with reductions; what was evaluated for it is deleted at the end."""
-        proto, pending = to_proto(model)
-        added = add_reductions(model, proto, wanted, probes, rows)
-        session, renamed, weights = None, {}, {}
-        with tempfile.TemporaryDirectory(prefix="pi05c-", dir=scratch) as folder:
-            if added.outputs or added.rows:
-                lowered = lower(proto)
-                renamed = lowered.feeds
-                base = _data_folder(model, pending)
-                weights = _bind(lowered.model, pending, base, Path(folder) / "weights")
-                session = _session(lowered.model, base, threads)
-            yield cls(
-                added.names,
-                added.measured_as,
-                added.left_out,
-                probes,
-                added.outputs,
-                session,
-                renamed,
-                weights,
-                added.rows,
-            )
-
-    def run(
-        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None
-    ) -> tuple[Array, dict[str, Array]]:
-        """The numbers for one sample, float64 [probes, tensors], and rows by tensor, float32.
-
-        Args:
-            places: indices of rows by tensor.
-
-        Raises:
-            Pi05cError: onnxruntime fails.
-        """
-        if self.session is None:
-            return np.zeros((len(self.probes), 0)), {}
-        import onnxruntime
-
-        feeds = dict(self.weights)
-        for name, array in sample.items():
-            fed = np.ascontiguousarray(array.astype(np.float32) if name in self.renamed else array)
-            feeds[self.renamed.get(name, name)] = onnxruntime.OrtValue.ortvalue_from_numpy(fed)
-        for rows in self.rows:
-            feeds[rows.indices] = onnxruntime.OrtValue.ortvalue_from_numpy((places or {})[rows.tensor])
-        try:
-            values = self.session.run_with_ort_values(
-                [*self.outputs, *(rows.output for rows in self.rows)], feeds
-            )
-        except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
-        arrays = [value.numpy() for value in values]
-        numbers = [np.zeros((len(self.probes), 0)), *arrays[: len(self.outputs)]]
-        taken = zip(self.rows, arrays[len(self.outputs) :], strict=True)
-        return np.concatenate(numbers, axis=1), {rows.tensor: values for rows, values in taken}
-
-
-def _refuse_nan(counted: _Probed, sample: Mapping[str, Array], index: int, samples: Samples) -> None:
+def _refuse_nan(counted: ProbedGraph, index: int, samples: Samples) -> None:
     """Raise where a tensor holds NaN; a sum may be NaN without, as of infinities of both signs."""
-    (flags,) = counted.run(sample)[0]
-    for name, flag in zip(counted.names, flags, strict=True):
-        if flag:
+    (flags,) = counted.run(samples[index]).numbers
+    found = {name for name, flag in zip(counted.reductions.names, flags, strict=True) if flag}
+    for name in counted.reductions.order:
+        if name in found:
             raise Pi05cError(
                 f"tensor {name!r} holds NaN on sample {index} of {samples.source}, and is the first that does: take "
                 "the sample out, or find what the model divides by zero or overflows there"
             )
 
 
-def _session(proto: onnx.ModelProto, base: Path | None, threads: int | None) -> Any:
+def _key(graph_hash: str, asked: _Asked, samples: Samples) -> str:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = _FATAL_ONLY
-    options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
-    if base is not None:
-        options.add_session_config_entry(_DATA_FOLDER, str(base))
-    try:
-        return onnxruntime.InferenceSession(
-            proto.SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"],  # else bfloat16 weights are widened and kept
-        )
-    except Exception as error:  # onnxruntime raises a class of its own for each status code
-        raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error
-
-
-def _data_folder(model: Model, pending: Mapping[str, Weight]) -> Path | None:
-    """The folder whose files onnxruntime may map itself; it takes one alone."""
-    if model.path is not None:
-        return model.path.absolute().parent
-    stored = (weight for weight in pending.values() if isinstance(weight, Stored))
-    return next((weight.path.absolute().parent for weight in stored), None)
-
-
-def _bind(
-    proto: onnx.ModelProto, pending: Mapping[str, Weight], base: Path | None, scratch: Path
-) -> dict[str, Any]:
-    """Point initializers at the files of their weights; those without one become inputs of the graph.
-
-    Returns:
-        What to feed to those inputs: `OrtValue`s on mapped or existing memory, none a copy.
-    """
-    declared = {value.name for value in proto.graph.input}
-    fed: dict[str, Weight] = {}
-    for graph in graphs_in(proto.graph):
-        kept = []
-        for tensor in graph.initializer:
-            weight = pending.get(location_of(tensor) or "")
-            if weight is None or point_to_file(tensor, weight, base):
-                kept.append(tensor)
-            elif tensor.name in declared and fed.get(tensor.name) is not weight:
-                make_inline(tensor, weight)  # bodies side by side may use one name for two weights
-                kept.append(tensor)
-            else:
-                fed[tensor.name] = weight
-                declared.add(tensor.name)
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-    for tensor in stored_tensors(proto):
-        if weight := pending.get(location_of(tensor) or ""):
-            make_inline(tensor, weight)
-    for name, weight in fed.items():
-        proto.graph.input.append(
-            onnx.helper.make_tensor_value_info(name, to_onnx(weight.dtype), weight.shape)
-        )
-    return dict(_ort_values(fed, scratch))
-
-
-def _ort_values(fed: Mapping[str, Weight], scratch: Path) -> Iterator[tuple[str, Any]]:
-    import onnxruntime
-
-    computed = {id(weight): weight for weight in fed.values() if not isinstance(weight, (InMemory, Stored))}
-    mapped = _evaluate(computed, scratch)
-    for name, weight in fed.items():
-        array = mapped[id(weight)] if id(weight) in mapped else np.ascontiguousarray(weight.load())
-        kind = np.dtype(f"u{array.dtype.itemsize}")  # onnxruntime takes types that numpy lacks by their bits
-        values = array.reshape(-1).view(kind).reshape(weight.shape)
-        yield (
-            name,
-            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, to_onnx(weight.dtype)),
-        )
-
-
-def _evaluate(weights: Mapping[int, Weight], path: Path) -> dict[int, Array]:
-    """Write weights to a file, in chunks, and map it."""
-    if not weights:
-        return {}
-    offsets = {}
-    with path.open("wb") as file:
-        for key, weight in weights.items():
-            file.seek(-file.tell() % weight.dtype.itemsize, os.SEEK_CUR)
-            offsets[key] = file.tell()
-            for chunk in weight.chunks():
-                file.write(stored_bytes(chunk))
-    return {
-        key: np.memmap(path, weight.dtype, "r", offsets[key], weight.shape or (1,))
-        for key, weight in weights.items()
-    }
-
-
-def _key(graph_hash: str, wanted: Sequence[str], rows: Mapping[str, int], samples: Samples) -> str:
-    import onnxruntime
-
-    asked = [*sorted(set(wanted)), sorted(rows.items())]
-    parts = [FORMAT, onnxruntime.__version__, graph_hash, samples.sha256, *asked]
+    wanted = [
+        *sorted(set(asked.tensors)),
+        sorted(asked.rows.items()),
+        sorted(asked.quantized),
+        str(asked.method),
+    ]
+    parts = [FORMAT, onnxruntime.__version__, graph_hash, samples.sha256, *wanted]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -469,6 +385,7 @@ def _write(path: Path, ranges: MeasuredRanges) -> None:
         "synthetic": ranges.synthetic,
         "samples": ranges.samples,
         "ranges": {name: [_spell(ranges.low[name]), _spell(ranges.high[name])] for name in ranges.low},
+        "thresholds": dict(ranges.thresholds),
         "left_out": dict(ranges.left_out),
         "rows": _write_rows(rows_path(path), ranges.rows),
     }
@@ -523,6 +440,7 @@ def _from_json(record: Mapping[str, Any], rows: Path) -> MeasuredRanges:
             str(name): Stored(rows, int(place["offset"]), place["shape"], BFLOAT16, str(place["sha256"]))
             for name, place in record["rows"].items()
         },
+        {str(name): float(value) for name, value in record["thresholds"].items()},
         {str(name): str(reason) for name, reason in record["left_out"].items()},
         str(record["graph"]),
         str(record["data"]),
@@ -533,10 +451,6 @@ def _from_json(record: Mapping[str, Any], rows: Path) -> MeasuredRanges:
 def _spell(value: float) -> float | str:
     """JSON has no infinity: `inf` and `-inf` as text."""
     return value if math.isfinite(value) else str(value)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
 
 
 __all__ = [

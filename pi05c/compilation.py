@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -69,8 +70,9 @@ from pi05c.report import write_report
 from pi05c.reproducer import Request, keep_failure
 from pi05c.rewriting import PassFailedError, Piece, rewrite
 from pi05c.sampleruns import Outputs, PlainRun, only, plain_run, run_all, simulation
-from pi05c.samples import Samples, save_samples
+from pi05c.samples import Given, Samples, on_disk, save_samples
 from pi05c.splitting import PartPasses, cut, parse_part_passes, parse_split, pieces_of
+from pi05c.thresholds import Method, parse_method
 
 _RECORDED_VERSIONS = ("pi05c", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "ml_dtypes")
 
@@ -99,7 +101,8 @@ def compile(
     *,
     passes: str | None = None,
     split: str | None = None,
-    calibration: Sequence[Path | str] = (),
+    calibration: Given = (),
+    calibration_method: str = "max",
     target: str | None = None,
     backend: str | None = None,
     max_error: float | None = None,
@@ -107,6 +110,7 @@ def compile(
     fresh: bool = False,
     progress: Progress | None = None,
     options: RunOptions | None = None,
+    executor: Executor | None = None,
     **build_options: Any,
 ) -> CompileResult:
     """Compile an ONNX model into an engine folder.
@@ -117,7 +121,9 @@ def compile(
         passes: pipeline text, None for `default` or for that of the stage which `options` starts from; of a split
             engine also `TEXT,PART=TEXT,PART=TEXT`, see `parse_part_passes`.
         split: parts that become one engine each, `vision,prefix+denoise`; None for one engine.
-        calibration: .npz files or folders of samples, or the word `synthetic`; see `find_samples`.
+        calibration: .npz files or folders of samples, or the word `synthetic`, see `find_samples`; or the samples
+            themselves, mappings from input name to array, from any iterable, which go to the disk while this runs.
+        calibration_method: how the ranges of what is quantized are chosen; see `pi05c.thresholds.parse_method`.
         target: GPUs to build for, `sm120,sm89`; None for the one at hand.
         backend: `tensorrt-rtx`, `tensorrt`, `onnxruntime` for a folder without a plan, None to choose.
         max_error: largest relative L2 error of any output of a held-back sample; None for the limit of the
@@ -125,6 +131,7 @@ def compile(
         cache: folder of measured ranges; None for the user's.
         fresh: forget what an earlier run of the same finished, and measure ranges again.
         options: how the run of passes is looked at.
+        executor: where samples are measured, one a task; None: in this process. Ranges are the same.
         build_options: further fields of `pi05c.backend.tensorrt.BuildOptions`.
 
     Raises:
@@ -136,19 +143,34 @@ def compile(
     """
     progress, options, output = progress or Progress(), options or RunOptions(), Path(output)
     refuse_limit(max_error)
-    job = _prepare(
-        Path(model),
-        output,
-        passes,
-        split,
-        calibration,
-        target,
-        backend,
-        max_error,
-        options,
-        build_options,
-        progress,
-    )
+    method = parse_method(calibration_method)
+    near = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with on_disk(calibration, near) as found:
+        job = _prepare(
+            Path(model),
+            output,
+            passes,
+            split,
+            found,
+            method,
+            target,
+            backend,
+            max_error,
+            options,
+            build_options,
+            progress,
+        )
+        return _run_job(job, output, cache, fresh, progress, executor)
+
+
+def _run_job(
+    job: _Job,
+    output: Path,
+    cache: Path | None,
+    fresh: bool,
+    progress: Progress,
+    executor: Executor | None,
+) -> CompileResult:
     with scratch(output) as work:
         finished = take_over(work, output, job.key, fresh=fresh)
         if finished is not None:
@@ -158,7 +180,7 @@ def compile(
                 calibrated = job.measured if finished is None and job.uses_ranges else None
                 plain = plain_run(job.path, job.parts, calibrated, job.held_back, observation, progress)
                 if finished is None:
-                    finished = _rewrite(job, output, work, plain, cache, fresh, progress)
+                    finished = _rewrite(job, output, work, plain, cache, fresh, progress, executor)
                 manifest = _verify(job, output, work, finished, plain.held_back, observation, progress)
             finished = finished.model_copy(update={"manifest": manifest})
             keep(work, finished)
@@ -194,6 +216,7 @@ class _Job:
     fixed: Sequence[FixedInput]
     max_error: float | None
     calibration: Sequence[Path | str]
+    method: Method
     target: str | None
     key: str
 
@@ -224,6 +247,7 @@ def _prepare(
     passes: str | None,
     split: str | None,
     calibration: Sequence[Path | str],
+    method: Method,
     target: str | None,
     backend: str | None,
     max_error: float | None,
@@ -274,8 +298,9 @@ def _prepare(
         fixed=planned_inputs(plain, steps),
         max_error=max_error,
         calibration=calibration,
+        method=method,
         target=target,
-        key=_key(options, passes, by_part, builder, samples, source, max_error),
+        key=_key(options, passes, by_part, builder, samples, method, source, max_error),
     )
 
 
@@ -285,6 +310,7 @@ def _key(
     by_part: Mapping[str, PartPasses],
     builder: Builder,
     samples: RunSamples | None,
+    method: Method,
     source: SourceRecord,
     max_error: float | None,
 ) -> str:
@@ -302,6 +328,7 @@ def _key(
             and [
                 [part.sha256, part.source, part.synthetic] for part in (samples.measured, samples.held_back)
             ],
+            "method": str(method),
             "max_error": max_error,
             "targets": [target.name for target in builder.targets],
             "engine": built and repr(replace(built, time_limit_s=None, verbose=False, timing_cache=None)),
@@ -319,6 +346,7 @@ def _rewrite(
     cache: Path | None,
     fresh: bool,
     progress: Progress,
+    executor: Executor | None,
 ) -> Finished:
     """Take each piece through its passes and write its graph."""
     if job.parts is None:
@@ -341,9 +369,11 @@ def _rewrite(
                 scratch=work.folder,
                 reads={job.path, *(() if job.samples is None else job.samples.files)},
                 device=device_of(targets[0]) if targets else None,
+                method=job.method,
+                executor=executor,
             )
         except PassFailedError as failure:
-            request = Request(job.path, job.options, job.calibration, job.target)
+            request = Request(job.path, job.options, job.calibration, job.method, job.target)
             raise _kept_failure(output, failure, piece, request, job.grouping) from failure.cause
         records.append(
             RewrittenRecord(
@@ -419,7 +449,9 @@ def _verify(
         inputs=with_fixed(inputs, job.fixed),
         outputs=outputs,
         precision=precision,
-        calibration=_calibration_record(job.samples) if job.samples is not None and calibrated else None,
+        calibration=_calibration_record(job.samples, job.method)
+        if job.samples is not None and calibrated
+        else None,
         verification=verification,
         engine=engine,
         files={},
@@ -613,7 +645,7 @@ def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _calibration_record(samples: RunSamples) -> CalibrationRecord:
+def _calibration_record(samples: RunSamples, method: Method) -> CalibrationRecord:
     measured = samples.measured
     return CalibrationRecord(
         source=measured.source,
@@ -621,6 +653,7 @@ def _calibration_record(samples: RunSamples) -> CalibrationRecord:
         synthetic=measured.synthetic,
         used=len(measured),
         held_back=0 if samples.held_back is measured else len(samples.held_back),
+        method=str(method),
     )
 
 

@@ -164,13 +164,14 @@ class OperatorRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """The data that ranges were measured on. `used` and `held_back` count samples."""
+    """The data that ranges were measured on. `used` and `held_back` count samples; `method` chose what is clipped."""
 
     source: str
     sha256: str
     synthetic: bool
     used: int
     held_back: int
+    method: str = "max"
 
 
 class ErrorRecord(_Record):

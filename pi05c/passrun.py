@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from pi05c.progress import Progress, Update
 from pi05c.samples import Samples, find_samples, split
 from pi05c.stagecheck import StageChecker, StageError, VerifyEach
 from pi05c.stages import StageFolder, load_stage, recorded_ranges
+from pi05c.thresholds import MAX, Method, parse_method
 
 CHANGED, ALL = "changed", "all"
 """Words of `--print-after` beside the names of passes."""
@@ -218,6 +220,8 @@ def samples_for(
 class Calibrator:
     """Gives passes their ranges: those recorded beside the stage that a run starts from, else measured ones.
 
+    `cached_ranges` says what `cache`, `scratch`, `method` and `executor` are.
+
     Attributes:
         ranges: what was given; None before, and where there are no samples.
         recorded: the ranges beside the stage that the run starts from; None where it starts before them.
@@ -234,6 +238,8 @@ class Calibrator:
         cache: Path | None = None,
         scratch: Path | None = None,
         fresh: bool = False,
+        method: Method = MAX,
+        executor: Executor | None = None,
     ) -> None:
         self._title, self._fresh = title, fresh
         self.recorded: MeasuredRanges | None = None
@@ -243,6 +249,7 @@ class Calibrator:
         if plan.start is not None and any(step.spec.ranges for step in plan.steps[:known]):
             self.recorded = recorded_ranges(plan.start.parent)
         self._samples, self._progress, self._cache, self._scratch = samples, progress, cache, scratch
+        self._method, self._executor = method, executor
         self.ranges: MeasuredRanges | None = None
         self.measured = False
 
@@ -259,6 +266,9 @@ class Calibrator:
                     self._samples.only(tensor.name for tensor in model.graph.inputs),
                     self._cache,
                     rows=wanted.rows,
+                    quantized=wanted.quantized,
+                    method=self._method,
+                    executor=self._executor,
                     scratch=self._scratch,
                     fresh=self._fresh,
                     progress=lambda done, total: update(done / total, f"sample {done} of {total}"),
@@ -404,9 +414,11 @@ def run_passes(
     options: RunOptions | None = None,
     *,
     calibration: Sequence[str | Path] = (),
+    calibration_method: str = "max",
     target: str | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> RunResult:
     """Run passes and nothing else: no engine folder is written, and the outcome is not held against the plain graph.
 
@@ -414,20 +426,24 @@ def run_passes(
         model: the plain graph, or its file; a graph in memory is rewritten in place.
         passes: as `plan` takes them.
         calibration: as `pi05c.samples.find_samples` takes it.
+        calibration_method: as `pi05c.thresholds.parse_method` takes it.
         target: GPUs whose formats `verify_each` holds the graph to.
         cache: folder of measured ranges; None for the user's.
+        executor: where samples are measured; None: in this process.
 
     Raises:
         Pi05cError: as `plan` and `run`.
     """
     progress, options = progress or Progress(), options or RunOptions()
+    method = parse_method(calibration_method)
     chosen = plan(passes, options)
     plain = model if isinstance(model, Model) else load(model)
     samples = None
     if calibration or _uses_samples(chosen, options):
         samples = samples_for(plain, chosen.steps, calibration, progress)
     current = plain if chosen.start is None else load_stage(chosen.start)[0]
-    calibrate = Calibrator(chosen, None if samples is None else samples.measured, progress, cache=cache)
+    measured = None if samples is None else samples.measured
+    calibrate = Calibrator(chosen, measured, progress, cache=cache, method=method, executor=executor)
     with progress.stage("passes") as update:
         return run(
             current,

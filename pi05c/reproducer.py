@@ -22,6 +22,7 @@ from pi05c.passrun import RunOptions
 from pi05c.rewriting import PassFailedError, Piece
 from pi05c.samples import Samples
 from pi05c.stages import SAMPLES, Stage, StageFolder
+from pi05c.thresholds import MAX, Method
 
 COPIED_BYTES = 2**30
 """Up to which size the weights of a stage are copied."""
@@ -39,12 +40,14 @@ class Request:
         model: the plain graph.
         options: how the run was looked at.
         calibration: files and folders of samples, or `synthetic`.
+        method: of calibration.
         target: GPUs, as `--target` takes them.
     """
 
     model: Path
     options: RunOptions
     calibration: Sequence[Path | str]
+    method: Method
     target: str | None
 
 
@@ -136,6 +139,8 @@ def _from_model(failure: PassFailedError, piece: Piece, request: Request) -> lis
         words += ["--start-from", str(piece.plan.start.resolve())]
     for samples in request.calibration:
         words += ["--calibration", _absolute(samples)]
+    if request.method != MAX:
+        words += ["--calibration-method", str(request.method)]
     return [*words, *_looked_at(request)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pi05c.passes import pipeline
 from pi05c.passrun import Calibrator, Plan, RunOptions, run
 from pi05c.progress import Progress
 from pi05c.samples import Samples
+from pi05c.thresholds import MAX, Method
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def rewrite(
     fresh: bool = False,
     reads: Iterable[Path] = (),
     device: Device | None = None,
+    method: Method = MAX,
+    executor: Executor | None = None,
 ) -> Rewritten:
     """Run a piece's passes on its model, and count what it costs before and after each.
 
@@ -100,6 +104,7 @@ def rewrite(
         fresh: measure ranges though the cache has them.
         reads: as `pi05c.passrun.run` takes them.
         device: the GPU that costs are for; None where it is not known.
+        method, executor: as `pi05c.calibration.cached_ranges` takes them.
 
     Raises:
         Pi05cError: a pass needs ranges and there are none, or refuses what it was asked for.
@@ -109,7 +114,15 @@ def rewrite(
         options = replace(options, dump=options.dump / piece.place)
     title = f"calibrate {piece.place}".strip()
     calibrator = Calibrator(
-        piece.plan, piece.samples, progress, title=title, cache=cache, scratch=scratch, fresh=fresh
+        piece.plan,
+        piece.samples,
+        progress,
+        title=title,
+        cache=cache,
+        scratch=scratch,
+        fresh=fresh,
+        method=method,
+        executor=executor,
     )
     costs: list[list[CostRecord]] = []
 

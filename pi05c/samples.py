@@ -7,10 +7,13 @@ it is asked for: what `numpy.savez` wrote is mapped; of compressed files one at 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +36,9 @@ WEIGHTS_KEY = "pi05c.weights"
 
 RANDOM_WEIGHTS = "random"
 """Value of `WEIGHTS_KEY` for weights that were drawn, not trained."""
+
+ITERATOR = "an iterator"
+"""What samples are said to come from that were given one by one."""
 
 SIDECAR_SUFFIX = ".calibration.npz"
 """What the name of the samples beside a model ends with, in place of the model's own suffix."""
@@ -229,6 +235,47 @@ def find_samples(model: Model, calibration: Sequence[str | Path] = ()) -> Sample
     return samples
 
 
+Given = Sequence[str | Path] | Iterable[Mapping[str, Array]]
+"""Samples as a caller in Python gives them: files, folders and the word `synthetic`, or the samples one by one."""
+
+
+@contextmanager
+def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
+    """What was given as `find_samples` takes it; samples that came one by one lie on the disk for the time of the block.
+
+    Args:
+        folder: gets a folder for them; one is held in memory at a time.
+
+    Raises:
+        UsageError: what was given is neither, or both.
+        Pi05cError: `folder` cannot be written.
+    """
+    if isinstance(calibration, (str, Path)):
+        calibration = [calibration]
+    items = iter(calibration)
+    first = next(items, None)
+    if first is None or isinstance(first, (str, Path)):
+        rest = [item for item in items if isinstance(item, (str, Path))] if first is not None else []
+        if isinstance(calibration, Sequence) and first is not None and len(rest) + 1 != len(calibration):
+            raise UsageError("calibration holds files beside arrays: give files, or samples one by one")
+        yield [] if first is None else [first, *rest]
+        return
+    try:
+        kept = tempfile.TemporaryDirectory(prefix=".pi05c-", dir=folder)
+    except OSError as error:
+        raise Pi05cError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with kept as name:
+        place = Path(name) / ITERATOR
+        place.mkdir()
+        for index, sample in enumerate(itertools.chain([first], items)):
+            if not isinstance(sample, Mapping):
+                raise UsageError(
+                    f"sample {index} of calibration is a {type(sample).__name__}: give mappings from input name to array"
+                )
+            save_samples(place / f"{index:08}.npz", [sample])
+        yield [place]
+
+
 def split(samples: Samples) -> tuple[Samples, Samples]:
     """The samples for calibration, and the last ones, held back for verification.
 
@@ -422,11 +469,13 @@ def _listed(names: Iterable[str]) -> str:
 __all__ = [
     "SYNTHETIC",
     "WAYS_TO_GIVE_SAMPLES",
+    "Given",
     "Samples",
     "find_samples",
     "fixed_specs",
     "input_specs",
     "load_samples",
+    "on_disk",
     "save_samples",
     "split",
 ]

@@ -112,6 +112,14 @@ Calibration = Annotated[
         help="Samples: FILE.npz, a folder of them, or `synthetic` for made-up ones beside the model."
     ),
 ]
+CalibrationMethod = Annotated[
+    str,
+    typer.Option(
+        help="Where quantizers clip: max, percentile{percent=99.99}, mse, entropy; {steps=joint} for all steps."
+    ),
+]
+Jobs = Annotated[int | None, typer.Option(help="Local processes that measure samples side by side.")]
+Dask = Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers measure samples.")]
 
 
 def _print_version(asked: bool) -> None:

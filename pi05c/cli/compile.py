@@ -12,7 +12,10 @@ import typer
 from pi05c.cli.app import (
     Backend,
     Calibration,
+    CalibrationMethod,
+    Dask,
     Debug,
+    Jobs,
     Json,
     MaxError,
     Passes,
@@ -26,6 +29,8 @@ from pi05c.cli.output import console, engine_lines, make_progress, print_json, s
 from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from pi05c.manifest import Manifest
     from pi05c.passrun import RunOptions
     from pi05c.progress import Progress
@@ -61,6 +66,9 @@ def compile_command(
         ),
     ] = None,
     calibration: Calibration = None,
+    calibration_method: CalibrationMethod = "max",
+    jobs: Jobs = None,
+    dask: Dask = None,
     target: Target = None,
     backend: Backend = None,
     max_error: MaxError = None,
@@ -117,6 +125,7 @@ def compile_command(
     """Rewrite a graph by an ordered list of passes, verify it, and build its engine."""
     from pi05c.building import parse_profile
     from pi05c.compilation import compile
+    from pi05c.executors import executor_for
     from pi05c.passrun import RunOptions
 
     options = RunOptions(
@@ -135,28 +144,43 @@ def compile_command(
                 "give '--output' (-o), the engine folder, or look at the passes alone with --dump, --print-after or "
                 "--verify-each (of a part: pi05c extract it first)"
             )
-        _run_passes(model, passes, options, calibration or (), target, progress, json_, quiet)
+        with executor_for(jobs=jobs, dask=dask) as executor:
+            _run_passes(
+                model,
+                passes,
+                options,
+                calibration or (),
+                calibration_method,
+                target,
+                progress,
+                executor,
+                json_,
+                quiet,
+            )
         return
-    result = compile(
-        model,
-        output,
-        passes=passes,
-        split=split,
-        calibration=calibration or (),
-        target=target,
-        backend=backend,
-        max_error=max_error,
-        fresh=fresh,
-        progress=progress,
-        options=options,
-        profiles=tuple(parse_profile(text) for text in shapes or ()),
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        strip_weights=strip_weights,
-        timing_cache=timing_cache,
-        time_limit_s=time_limit,
-        verbose=verbose,
-    )
+    with executor_for(jobs=jobs, dask=dask) as executor:
+        result = compile(
+            model,
+            output,
+            passes=passes,
+            split=split,
+            calibration=calibration or (),
+            calibration_method=calibration_method,
+            target=target,
+            backend=backend,
+            max_error=max_error,
+            fresh=fresh,
+            progress=progress,
+            options=options,
+            executor=executor,
+            profiles=tuple(parse_profile(text) for text in shapes or ()),
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            strip_weights=strip_weights,
+            timing_cache=timing_cache,
+            time_limit_s=time_limit,
+            verbose=verbose,
+        )
     if json_:
         print_json(
             {
@@ -207,8 +231,10 @@ def _run_passes(
     passes: str | None,
     options: RunOptions,
     calibration: Sequence[str],
+    calibration_method: str,
     target: str | None,
     progress: Progress,
+    executor: Executor | None,
     json_: bool,
     quiet: bool,
 ) -> None:
@@ -217,7 +243,16 @@ def _run_passes(
 
     from pi05c.passrun import run_passes
 
-    run = run_passes(model, passes, options, calibration=calibration, target=target, progress=progress)
+    run = run_passes(
+        model,
+        passes,
+        options,
+        calibration=calibration,
+        calibration_method=calibration_method,
+        target=target,
+        progress=progress,
+        executor=executor,
+    )
     if json_:
         print_json(
             {
@@ -285,7 +320,8 @@ def _show_compiled(folder: Path, manifest: Manifest) -> None:
     if manifest.calibration is not None:
         used = manifest.calibration
         kind = "made-up samples" if used.synthetic else "samples"
-        screen.print(f"\ncalibrated on {used.used} {kind} of {used.source}", markup=False)
+        how = "" if used.method == "max" else f" by {used.method}"
+        screen.print(f"\ncalibrated{how} on {used.used} {kind} of {used.source}", markup=False)
     for part in manifest.parts:
         for output in dict.fromkeys(error.output for error in part.errors):
             errors = [error.relative_l2 for error in part.errors if error.output == output]

@@ -17,6 +17,8 @@ RANGE_PRESERVING = frozenset(
 )
 """Operators whose output is not larger in magnitude than their first input (up to rounding)."""
 
+_SAME_VALUES = frozenset({"Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+
 UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Sin", "Cos", "Erf"})
 """Operators whose output lies in [-1, 1]."""
 
@@ -28,10 +30,12 @@ class Wanted:
     Attributes:
         tensors: whose range is measured.
         rows: how many rows, vectors along the last axis, are sampled at most.
+        quantized: those whose range gives the scale of a quantizer, which a calibration method may choose.
     """
 
     tensors: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
+    quantized: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Ranges:
         source: one phrase that says which data the ranges come from.
         synthetic: whether that data was made up and not recorded.
         rows: of tensors that were sampled, some vectors along the last axis, [any number, size of that axis].
+        thresholds: magnitudes at which a calibration method has quantizers clip; of other tensors the largest one.
     """
 
     low: Mapping[str, float]
@@ -50,6 +55,7 @@ class Ranges:
     source: str = ""
     synthetic: bool = False
     rows: Mapping[str, Weight] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def rows_of(self, tensor: gs.Tensor) -> Weight | None:
         """The sampled rows of `tensor`, or of what it is a Cast of; None where there are none."""
@@ -59,6 +65,17 @@ class Ranges:
                 return None
             tensor = node.inputs[0]
         return self.rows[tensor.name]
+
+    def threshold(self, tensor: gs.Tensor) -> float | None:
+        """The magnitude that a quantizer of `tensor` is to reach: chosen for it, or for what it holds the values of; else
+        `amax`."""
+        source: gs.Tensor = tensor
+        while source.name not in self.thresholds:
+            node = producer(source)
+            if node is None or node.op not in _SAME_VALUES:
+                return self.amax(tensor)
+            source = node.inputs[0]
+        return self.thresholds[source.name]
 
     def amax(self, tensor: gs.Tensor) -> float | None:
         """The largest absolute value of `tensor`, None where neither it nor what bounds it was calibrated.

@@ -31,6 +31,31 @@ def sort_proto(graph: onnx.GraphProto) -> None:
         graph.node.extend(nodes)
 
 
+def constants_first(graph: onnx.GraphProto, ahead: Sequence[onnx.NodeProto] = ()) -> None:
+    """List what depends on nothing but constants and outer tensors before the rest of one sorted graph, in place.
+
+    onnxruntime executes depth first, of several inputs the one that is listed last first (`ReverseDFSFrom` in
+    onnxruntime/core/graph/graph_viewer.cc). A cast of a weight that is listed in front of its MatMul therefore runs before
+    all that the MatMul's other factor depends on, and so do those above it: all weights are widened before the first
+    MatMul. Listed first, each is widened when it is read.
+
+    Args:
+        ahead: further nodes of that kind, sorted, which come first of all.
+    """
+    constant = {tensor.name for tensor in graph.initializer}
+    varying = {value.name for value in graph.input if value.name not in constant}
+    first, rest = list(ahead), []
+    for node in graph.node:
+        if varying.isdisjoint(node.input) and varying.isdisjoint(_captured(node)):
+            first.append(node)
+        else:
+            rest.append(node)
+            varying.update(node.output)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*first, *rest)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def sort_graph(graph: gs.Graph) -> None:
     """Sort the nodes of a graph and of every subgraph in place; a sorted graph stays as it is."""
     for scope in scopes(graph):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pi05c import calibration
 from pi05c.calibration import cached_ranges, measure_ranges, read_ranges, save_ranges
+from pi05c.executors import LocalProcesses, executor_for
 from pi05c.graph.dtypes import FLOAT32, to_numpy, to_onnx
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import INLINE_BYTES, Model, load, model_from_proto, save, scopes
@@ -686,3 +691,81 @@ def test_rows_are_saved_and_loaded_with_ranges(tmp_path: Path) -> None:
     loaded = read_ranges(tmp_path / "ranges.json")
     assert (loaded.rows["x"].load() == ranges.rows["x"].load()).all()
     assert (loaded.low, loaded.high) == (ranges.low, ranges.high)
+
+
+# More than one process
+
+
+def spread_model(tmp_path: Path) -> Model:
+    """`rows_model` from a file, its weight transposed, which workers compute from the file."""
+    save(rows_model(), tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
+    for constant in {id(t): t for t in _constants(model) if t.name == "w"}.values():
+        constant._values = Transposed(constant._values, (1, 0))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes", "dask"])
+def test_whoever_runs_the_samples_ranges_and_rows_have_the_same_bits(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, samples = spread_model(tmp_path), samples_of(*(random(seed, 2, 6, WIDTH) for seed in range(5)))
+    names, rows = ["x", "y", "product", "next"], {"y": 17}
+    alone = measure_ranges(model, names, samples, rows=rows)
+    seen: list[tuple[int, int]] = []
+    with ExitStack() as stack:
+        executor: Executor | None
+        if kind == "threads":
+            executor = stack.enter_context(ThreadPoolExecutor(3))
+        elif kind == "processes":
+            executor = stack.enter_context(LocalProcesses(2))
+        else:
+            address = request.getfixturevalue("dask_cluster").scheduler_address
+            executor = stack.enter_context(executor_for(dask=address))
+        spread = measure_ranges(
+            model, names, samples, rows=rows, executor=executor, progress=lambda *done: seen.append(done)
+        )
+    assert (spread.low, spread.high) == (alone.low, alone.high)
+    assert spread.rows["y"].load().tobytes() == alone.rows["y"].load().tobytes()
+    assert seen == [(done, 5) for done in range(1, 6)]
+
+
+def test_a_process_that_dies_while_it_calibrates_loses_no_sample(tmp_path: Path) -> None:
+    model, samples = spread_model(tmp_path), samples_of(*(random(seed, 2, 6, WIDTH) for seed in range(12)))
+    alone = measure_ranges(model, ["y", "next"], samples, rows={"y": 9})
+    with LocalProcesses(2) as processes:
+        killed: list[int] = []
+
+        def kill_one(done: int, total: int) -> None:
+            if not killed:
+                killed.append(next(iter(processes._pool._processes)))
+                os.kill(killed[0], signal.SIGKILL)
+
+        spread = measure_ranges(
+            model, ["y", "next"], samples, rows={"y": 9}, executor=processes, progress=kill_one
+        )
+    assert killed
+    assert (spread.low, spread.high, spread.samples) == (alone.low, alone.high, 12)
+    assert spread.rows["y"].load().tobytes() == alone.rows["y"].load().tobytes()
+
+
+def test_nan_is_found_whoever_runs_the_samples() -> None:
+    arrays = [random(seed, 3, WIDTH) for seed in range(3)]
+    arrays[1][0, 0] = np.nan
+    with ThreadPoolExecutor(2) as threads, pytest.raises(Pi05cError, match="'x' holds NaN on sample 1"):
+        measure_ranges(chain(), ["x", "y"], samples_of(*arrays), executor=threads)
+
+
+def test_small_tensors_are_reduced_in_groups_whatever_their_number() -> None:
+    """More than one group holds, of two shapes by turns, and a NaN in the first of them by execution order."""
+    count = 150
+    nodes = [helper.make_node("Add", [f"t{i - 1}" if i else "x", "one"], [f"t{i}"]) for i in range(count)]
+    nodes += [helper.make_node("ReduceMax", [f"t{i}"], [f"s{i}"], keepdims=1) for i in range(count)]
+    model = model_of(nodes, [value("x", [2, 3])], [value("s0", [1, 1])], {"one": np.float32(1).reshape(())})
+    names = [f"{kind}{i}" for i in range(count) for kind in "st"]
+    ranges = measure_ranges(model, names, samples_of(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    assert [ranges.low[f"t{i}"] for i in range(count)] == list(range(1, count + 1))
+    assert [ranges.high[f"t{i}"] for i in range(count)] == list(range(6, count + 6))
+    assert all(ranges.low[f"s{i}"] == ranges.high[f"s{i}"] == i + 6 for i in range(count))
+    with pytest.raises(Pi05cError, match="'t0' holds NaN"):
+        measure_ranges(model, names, samples_of(np.full((2, 3), np.nan, np.float32)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,16 +48,6 @@ def die_in(task: tuple[int, int]) -> int:
     if os.getpid() != home:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A Dask cluster of two worker processes on this machine."""
-    distributed = pytest.importorskip("distributed", reason="needs the extra [dask]")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
-    ) as running:
-        yield running
 
 
 def test_without_an_executor_tasks_run_here_one_after_the_other() -> None:
@@ -116,15 +105,15 @@ def test_an_executor_that_is_given_stays_open() -> None:
         assert given.submit(square, 3).result() == 9
 
 
-def test_a_dask_cluster_runs_tasks_on_its_workers(cluster: Any) -> None:
-    with executor_for(dask=cluster.scheduler_address) as executor:
+def test_a_dask_cluster_runs_tasks_on_its_workers(dask_cluster: Any) -> None:
+    with executor_for(dask=dask_cluster.scheduler_address) as executor:
         assert isinstance(executor, Executor)
         assert list(run_tasks(square, range(20), executor)) == [number**2 for number in range(20)]
         assert os.getpid() not in run_tasks(where, range(4), executor)
 
 
-def test_a_dask_worker_that_dies_loses_no_task(cluster: Any, tmp_path: Path) -> None:
-    with executor_for(dask=cluster.scheduler_address) as executor:
+def test_a_dask_worker_that_dies_loses_no_task(dask_cluster: Any, tmp_path: Path) -> None:
+    with executor_for(dask=dask_cluster.scheduler_address) as executor:
         tasks = [(tmp_path / "died", number) for number in range(8)]
         assert list(run_tasks(die_once, tasks, executor)) == list(range(8))
     assert (tmp_path / "died").exists()

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from pi05c.graph.check import problems
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import model_from_proto
-from pi05c.graph.sort import captured_by, sort_graph, sort_proto
+from pi05c.graph.sort import captured_by, constants_first, sort_graph, sort_proto
 
 LEVELS = 5_000
 
@@ -100,3 +100,22 @@ def test_a_cycle_is_named() -> None:
     proto = model_proto("c (float[2] x) => (float[2] y) { a = Add(x, b) b = Neg(a) y = Exp(b) }")
     with pytest.raises(Pi05cError, match=r"cycle through node '[ab]\."):
         sort_proto(proto.graph)
+
+
+def test_constants_come_first_and_the_rest_keeps_its_order() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w32"], ["y"]),
+        helper.make_node("Cast", ["w"], ["w32"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["y", "v32"], ["z"]),
+        helper.make_node("Cast", ["v"], ["v32"], to=TensorProto.FLOAT),
+    ]
+    nodes = [nodes[1], nodes[0], nodes[3], nodes[2]]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])],
+        [],
+        [helper.make_tensor(name, TensorProto.FLOAT16, [2, 2], [0.0] * 4) for name in ("w", "v")],
+    )
+    constants_first(graph, [helper.make_node("Identity", ["v"], ["u"])])
+    assert [node.output[0] for node in graph.node] == ["u", "w32", "v32", "y", "z"]

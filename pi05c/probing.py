@@ -1,0 +1,325 @@
+"""A graph with reductions, loaded in onnxruntime: what calibration runs once a sample, in this process or another.
+
+The model itself is never changed or copied: its export gets reductions (`pi05c.reductions`), its weights stay in the
+files that they are in. Weights that derive from such are computed in the graph while it runs; those that cannot be are
+evaluated once, into a scratch file that is mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import onnx
+
+from pi05c.backend.lowering import graphs_in, lower
+from pi05c.graph.dtypes import to_onnx
+from pi05c.graph.edit import Names
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
+from pi05c.graph.io import tensors as stored_tensors
+from pi05c.graph.runner import Array
+from pi05c.graph.sort import constants_first
+from pi05c.graph.weight_nodes import WeightNodes
+from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
+from pi05c.reductions import Probe, Reductions, add_reductions
+
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
+"""onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
+
+_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
+"""onnxruntime's run entry that names the arenas to give memory back to the system."""
+
+_SMALL_BYTES = 2**20
+_FATAL_ONLY = 4
+_MESSAGE_CHARACTERS = 600
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """Where a weight that is fed lies, and its onnx type."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a graph gave for one sample.
+
+    Attributes:
+        numbers: float64 [probes, tensors].
+        rows: float32 [places, size] by tensor.
+        histograms: as `HistogramOutput` says, in the order of `Reductions.histograms`.
+    """
+
+    numbers: Array
+    rows: dict[str, Array]
+    histograms: list[Array]
+
+
+@dataclass(frozen=True)
+class ProbedGraph:
+    """A graph that gives numbers of tensors, to be run anywhere where the files of its weights are; can be pickled.
+
+    Attributes:
+        reductions: what it gives.
+        probes: the numbers of each tensor.
+        key: hash of the graph.
+        threads: of each operator. The order in which a sum is made hangs on it, and with it the last bit.
+    """
+
+    reductions: Reductions
+    probes: tuple[Probe, ...]
+    key: str
+    threads: int
+    _packed: bytes = field(repr=False)
+    _base: Path | None
+    _renamed: Mapping[str, str]
+    _fed: Mapping[str, _Fed]
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(
+        cls,
+        model: Model,
+        wanted: Sequence[str],
+        probes: tuple[Probe, ...],
+        *,
+        rows: Collection[str] = (),
+        histograms: Collection[str] = (),
+        threads: int | None = None,
+        scratch: Path | None = None,
+    ) -> Iterator[ProbedGraph]:
+        """A model with reductions, for the time of the block.
+
+        Args:
+            wanted, rows, histograms: as `add_reductions` takes them.
+            threads: None: one for each processor that this process may use.
+            scratch: folder for weights that have to be evaluated; None: the system's.
+        """
+        from pi05c.backend.onnxruntime import processors
+
+        proto, pending = to_proto(model)
+        added = add_reductions(model, proto, wanted, probes, rows, histograms=histograms)
+        packed, renamed, fed, base = b"", {}, {}, None
+        with tempfile.TemporaryDirectory(prefix="pi05c-", dir=scratch) as folder:
+            if added.outputs or added.rows:
+                lowered = lower(proto)
+                renamed = lowered.feeds
+                base = _data_folder(model, pending)
+                fed = _bind(
+                    lowered.model, pending, base, Names(model.graph), Path(folder).absolute() / "weights"
+                )
+                packed = zlib.compress(lowered.model.SerializeToString(), level=1)
+            graph = cls(
+                added,
+                probes,
+                hashlib.sha256(packed).hexdigest(),
+                threads or processors(),
+                packed,
+                base,
+                renamed,
+                fed,
+            )
+            try:
+                yield graph
+            finally:
+                _forget(graph)
+
+    def run(
+        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None, *, shrink: bool = False
+    ) -> Probed:
+        """What the graph gives for one sample.
+
+        The first run in a process loads the graph, which stays loaded until the next graph is.
+
+        Args:
+            places: indices of rows by tensor.
+            shrink: give memory back after the run, in a process that may have no further one to do.
+
+        Raises:
+            Pi05cError: onnxruntime fails.
+        """
+        found = self.reductions
+        if not self._packed:
+            return Probed(np.zeros((len(self.probes), 0)), {}, [])
+        import onnxruntime
+
+        session, weights = _loaded(self)
+        feeds = dict(weights)
+        for name, array in sample.items():
+            fed = np.ascontiguousarray(array.astype(np.float32) if name in self._renamed else array)
+            feeds[self._renamed.get(name, name)] = onnxruntime.OrtValue.ortvalue_from_numpy(fed)
+        for each in found.rows:
+            feeds[each.indices] = onnxruntime.OrtValue.ortvalue_from_numpy((places or {})[each.tensor])
+        outputs = [
+            *found.outputs,
+            *(each.output for each in found.rows),
+            *(each.output for each in found.histograms),
+        ]
+        options = onnxruntime.RunOptions()
+        if shrink:
+            options.add_run_config_entry(_SHRINKAGE, "cpu:0")
+        try:
+            values = session.run_with_ort_values(outputs, feeds, options)
+        except Exception as error:  # onnxruntime raises a class of its own for each status code
+            raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
+        arrays = iter([value.numpy() for value in values])
+        numbers = [np.zeros((len(self.probes), 0)), *itertools.islice(arrays, len(found.outputs))]
+        return Probed(
+            np.concatenate(numbers, axis=1),
+            {each.tensor: next(arrays) for each in found.rows},
+            [next(arrays) for _ in found.histograms],
+        )
+
+    def _session(self) -> tuple[Any, dict[str, Any]]:
+        """A session, and what is to be fed beside samples: `OrtValue`s on mapped memory, none a copy."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _FATAL_ONLY
+        options.enable_mem_pattern = False  # the second run would ask for as much memory again, in one piece
+        options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
+        if self._base is not None:
+            options.add_session_config_entry(_DATA_FOLDER, str(self._base))
+        try:
+            session = onnxruntime.InferenceSession(
+                zlib.decompress(self._packed),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],  # else bfloat16 weights are widened and kept
+            )
+        except Exception as error:  # onnxruntime raises a class of its own for each status code
+            raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error
+        return session, {name: _ort_value(fed) for name, fed in self._fed.items()}
+
+
+_LOCK = Lock()
+_LOADED: dict[str, tuple[Any, dict[str, Any]]] = {}
+"""What this process has loaded, by the key of the graph: the one that samples run through, and one that looks for NaN."""
+
+_MOST_LOADED = 2
+
+
+def _loaded(graph: ProbedGraph) -> tuple[Any, dict[str, Any]]:
+    with _LOCK:
+        if graph.key not in _LOADED:
+            while len(_LOADED) >= _MOST_LOADED:
+                del _LOADED[next(iter(_LOADED))]
+            _LOADED[graph.key] = graph._session()
+        return _LOADED[graph.key]
+
+
+def _forget(graph: ProbedGraph) -> None:
+    with _LOCK:
+        _LOADED.pop(graph.key, None)
+
+
+def _data_folder(model: Model, pending: Mapping[str, Weight]) -> Path | None:
+    """The folder whose files onnxruntime may map itself; it takes one alone."""
+    if model.path is not None:
+        return model.path.absolute().parent
+    stored = (weight for weight in pending.values() if isinstance(weight, Stored))
+    return next((weight.path.absolute().parent for weight in stored), None)
+
+
+def _bind(
+    proto: onnx.ModelProto, pending: Mapping[str, Weight], base: Path | None, names: Names, scratch: Path
+) -> dict[str, _Fed]:
+    """Point initializers at the files of their weights; compute in the graph what derives from such.
+
+    Returns:
+        The inputs that take the place of the others, and where what is fed to them lies.
+    """
+    graph = proto.graph
+    taken = {value.name for value in graph.input}
+    fed: dict[str, Weight] = {}
+    placed: dict[str, Weight] = {}
+    nodes = WeightNodes(lambda what: names.unique(f"calibration.{what}"))
+    for body in graphs_in(graph):
+        kept = []
+        for tensor in body.initializer:
+            weight = pending.get(location_of(tensor) or "")
+            if weight is None or point_to_file(tensor, weight, base):
+                kept.append(tensor)
+            elif _is_small(weight) or (tensor.name in taken and placed.get(tensor.name) is not weight):
+                make_inline(tensor, weight)  # bodies side by side may use one name for two weights
+                kept.append(tensor)
+            elif tensor.name not in placed:
+                placed[tensor.name] = weight
+                taken.add(tensor.name)
+                if not nodes.add(weight, tensor.name):
+                    fed[tensor.name] = weight
+        del body.initializer[:]
+        body.initializer.extend(kept)
+    for name, weight in nodes.leaves.items():
+        tensor = weight.tensor
+        tensor.name = name
+        if point_to_file(tensor, weight, base):
+            graph.initializer.append(tensor)
+        elif _is_small(weight):
+            make_inline(tensor, weight)
+            graph.initializer.append(tensor)
+        else:
+            fed[name] = weight
+    for tensor in stored_tensors(proto):
+        if weight := pending.get(location_of(tensor) or ""):
+            make_inline(tensor, weight)
+    for body in list(graphs_in(graph))[1:]:
+        constants_first(body)
+    constants_first(graph, nodes.nodes)
+    for name, weight in fed.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, to_onnx(weight.dtype), weight.shape))
+    return _evaluate(fed, scratch)
+
+
+def _is_small(weight: Weight) -> bool:
+    """Whether a weight is better inside the graph than in a file."""
+    return isinstance(weight, InMemory) and weight.nbytes <= _SMALL_BYTES
+
+
+def _evaluate(weights: Mapping[str, Weight], path: Path) -> dict[str, _Fed]:
+    """Write weights to a file, in chunks, each once."""
+    placed: dict[int, _Fed] = {}
+    if weights:
+        with path.open("wb") as file:
+            for weight in {id(weight): weight for weight in weights.values()}.values():
+                if isinstance(weight, Stored):
+                    place = _Fed(weight.path.absolute(), weight.offset, weight.shape, weight.dtype)
+                else:
+                    file.seek(-file.tell() % weight.dtype.itemsize, os.SEEK_CUR)
+                    place = _Fed(path, file.tell(), weight.shape, weight.dtype)
+                    for chunk in weight.chunks():
+                        file.write(stored_bytes(chunk))
+                placed[id(weight)] = place
+    return {name: placed[id(weight)] for name, weight in weights.items()}
+
+
+def _ort_value(fed: _Fed) -> Any:
+    import onnxruntime
+
+    kind = np.dtype(f"u{fed.dtype.itemsize}")  # onnxruntime takes types that numpy lacks by their bits
+    values = np.memmap(fed.path, kind, "r", fed.offset, fed.shape or (1,)).reshape(fed.shape)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, to_onnx(fed.dtype))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
+
+
+__all__ = ["Probed", "ProbedGraph"]

@@ -1,0 +1,112 @@
+"""Derived weights as nodes: what onnxruntime makes of them has the bits of what is evaluated here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, to_onnx
+from pi05c.graph.runner import Array
+from pi05c.graph.weight_nodes import WeightNodes
+from pi05c.graph.weights import (
+    Cast,
+    InMemory,
+    Joined,
+    Projected,
+    Quantized,
+    Reshaped,
+    Scaled,
+    Selected,
+    Stored,
+    Transposed,
+    Weight,
+)
+
+A = np.random.default_rng(0).standard_normal((6, 4)).astype(BFLOAT16)
+B = np.random.default_rng(1).standard_normal((3, 4)).astype(BFLOAT16)
+FACTOR = np.random.default_rng(2).standard_normal(9).astype(np.float32)
+
+
+def nodes() -> WeightNodes:
+    numbers = itertools.count()
+    return WeightNodes(lambda what: f"{what}.{next(numbers)}")
+
+
+def run(built: WeightNodes, name: str, weight: Weight) -> Array:
+    """The tensor `name` by onnxruntime, in float32, which holds bfloat16 exactly."""
+    initializers = []
+    for leaf, values in built.leaves.items():
+        proto = numpy_helper.from_array(values.load(), leaf)
+        initializers.append(proto)
+    graph = helper.make_graph(
+        [*built.nodes, helper.make_node("Cast", [name], ["result"], to=to_onnx(FLOAT32))],
+        "graph",
+        [],
+        [helper.make_tensor_value_info("result", to_onnx(FLOAT32), weight.shape)],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), disabled_optimizers=["ConstantFolding"], providers=["CPUExecutionProvider"]
+    )
+    (result,) = session.run(None, {})
+    return np.asarray(result)
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda a, b: Transposed(a, (1, 0)),
+        lambda a, b: Reshaped(a, (2, 12)),
+        lambda a, b: Joined([a, b], 0),
+        lambda a, b: Joined([Transposed(a, (1, 0)), Transposed(b, (1, 0))], 1),
+        lambda a, b: Joined([Transposed(a, (1, 0)), Reshaped(a, (4, 6))], 1),
+        lambda a, b: Selected(a, 0, (5, 0, 0)),
+        lambda a, b: Scaled(Joined([a, b], 0), FACTOR.reshape(9, 1)),
+        lambda a, b: Scaled(Joined([Transposed(a, (1, 0)), Transposed(b, (1, 0))], 1), FACTOR),
+        lambda a, b: Scaled(Transposed(a, (1, 0)), np.float32(0.3)),
+        lambda a, b: Scaled(a, np.float32(0.3), FLOAT32),
+        lambda a, b: Transposed(Scaled(Transposed(a, (1, 0)), FACTOR[:6]), (1, 0)),
+        lambda a, b: Cast(Scaled(Cast(a, FLOAT32), FACTOR[:4]), BFLOAT16),
+        lambda a, b: Cast(Transposed(Cast(a, FLOAT32), (1, 0)), BFLOAT16),
+    ],
+)
+def test_the_bits_are_those_of_the_weight(derive: Callable[[Weight, Weight], Weight]) -> None:
+    built, weight = nodes(), derive(InMemory(A), InMemory(B))
+    assert built.add(weight, "w")
+    np.testing.assert_array_equal(run(built, "w", weight), weight.load().astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        InMemory(A),
+        Quantized(InMemory(A), np.float32(0.5), ml_dtypes.float8_e4m3fn),
+        Cast(InMemory(A), FLOAT16),
+        Scaled(InMemory(A.astype(FLOAT16)), FACTOR[:4]),
+        Joined([Quantized(InMemory(A), np.float32(0.5), ml_dtypes.float8_e4m3fn)], 0),
+        Projected(InMemory(A), FACTOR[:6]),
+    ],
+)
+def test_what_onnxruntime_would_round_otherwise_is_left(weight: Weight) -> None:
+    built = nodes()
+    assert not built.add(weight, "w")
+    assert not built.nodes
+    assert not built.leaves
+
+
+def test_what_is_stored_once_is_a_leaf_once(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(A.tobytes())
+    twins = [Stored(path, 0, A.shape, BFLOAT16) for _ in range(2)]
+    built = nodes()
+    assert built.add(Transposed(twins[0], (1, 0)), "w")
+    assert built.add(Joined(twins, 0), "v")
+    assert len(built.leaves) == 1
