@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
@@ -20,6 +19,7 @@ from pi05c.passes.blocks import DYNAMIC_RANKS, BlockQuantizer
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.flow import flow_linears
 from pi05c.passes.patterns.linear import Linear, find_linears
+from pi05c.passes.patterns.named import Named
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
 from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
@@ -38,8 +38,8 @@ ROWS = 256
 
 
 def _quantizable(graph: gs.Graph, keep: tuple[str, ...]) -> list[Linear]:
-    kept = _kept(graph)
-    return [linear for linear in find_linears(graph) if not _obstacle(linear, kept, keep)]
+    kept, named = _kept(graph), Named(graph, keep)
+    return [linear for linear in find_linears(graph) if not _obstacle(linear, kept, named(linear, keep))]
 
 
 def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: object) -> Iterator[gs.Tensor]:
@@ -103,8 +103,9 @@ def quantize_linears(
 
     With `llm=nvfp4` the linears of the language model compute in NVFP4: FP4 (E2M1) weights with an FP8 scale for each 16
     that are summed, activations quantized in such blocks when the engine runs. `llm=nvfp4_w4a16` leaves activations in
-    the working precision. Patterns of `nvfp4` bring in other linears, patterns of `fp8` take some out; a pattern is
-    held against the names of the MatMul and of the weight.
+    the working precision. Patterns of `nvfp4` bring in other linears, patterns of `fp8` take some out. A pattern is
+    held against the names of the MatMul and of the weight, and against the place: `vision.0.qkv`, `prefix.17.down`,
+    `denoise.3.gate/up`, `vision.linear` for the projector. `prefix.*.down` names those of all layers.
 
     Rounding of activations is the larger part of the error, and no choice of weights takes it back. The linears that
     a pattern of `two_terms` names multiply what rounding leaves of their activation too, as further rows of the same
@@ -112,7 +113,8 @@ def quantize_linears(
     multiplications.
     """
     kept = _kept(graph)
-    formats = _formats_of(graph, llm, nvfp4, fp8)
+    named = Named(graph, nvfp4, fp8, keep, two_terms)
+    formats = _formats_of(graph, llm, nvfp4, fp8, named)
     fed = _fed_to(_quantizable(graph, keep)) if rounding == "compensated" else {}
     unsampled = [key for key, tensors in fed.items() if not _sampled(tensors, ctx.ranges)]
     if unsampled:
@@ -124,9 +126,9 @@ def quantize_linears(
     stored_scales: dict[int, np.ndarray | None] = {}
     terms = TwoTerms()
     for linear in find_linears(graph):
-        reason = _obstacle(linear, kept, keep)
+        reason = _obstacle(linear, kept, named(linear, keep))
         rows = _sampled(fed.get(id(linear.weight), ()), ctx.ranges)
-        doubled = terms if _named(linear, two_terms) else None
+        doubled = terms if named(linear, two_terms) else None
         reason = reason or (_two_terms_obstacle(linear) if doubled else "")
         if not reason and formats[id(linear.node)] == "fp8":
             reason = _to_fp8(linear, ctx, quantizers[id(linear.scope)], stored_scales, rows, doubled)
@@ -207,24 +209,19 @@ def _two_terms_obstacle(linear: Linear) -> str:
 
 
 def _formats_of(
-    graph: gs.Graph, llm: Format, nvfp4: Collection[str], fp8: Collection[str]
+    graph: gs.Graph, llm: Format, nvfp4: Collection[str], fp8: Collection[str], named: Named
 ) -> dict[int, Format]:
     """The format that each linear is to compute in, by `id` of its node."""
     parts = parts_of(graph)
 
     def chosen(linear: Linear) -> Format:
-        if _named(linear, fp8):
+        if named(linear, fp8):
             return "fp8"
-        if _named(linear, nvfp4):
+        if named(linear, nvfp4):
             return "nvfp4" if llm == "fp8" else llm
         return llm if parts[id(linear.node)] == "prefix" else "fp8"
 
     return {id(linear.node): chosen(linear) for linear in find_linears(graph)}
-
-
-def _named(linear: Linear, patterns: Collection[str]) -> bool:
-    names = (linear.node.name, linear.weight.name)
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
 def _sampled(tensors: Sequence[gs.Tensor], ranges: Ranges | None) -> list[Weight]:
@@ -237,13 +234,13 @@ def _kept(graph: gs.Graph) -> set[int]:
     return {id(linear.node) for linear in (*into, *out)}
 
 
-def _obstacle(linear: Linear, kept: set[int], patterns: Collection[str]) -> str:
+def _obstacle(linear: Linear, kept: set[int], named: bool) -> str:
     """Why a linear is not quantized, empty where nothing speaks against it."""
     if is_quantized(linear.node.inputs[0]) or any(node.op == "DequantizeLinear" for node in linear.path):
         return "it is quantized already"
     if id(linear.node) in kept:
         return "it is an end of the flow, which the recipe keeps in higher precision"
-    if _named(linear, patterns):
+    if named:
         return "an option keeps it"
     for size, what in ((linear.rows, "inner"), (linear.columns, "outer")):
         if size < MIN_SIZE or size % ALIGNMENT:

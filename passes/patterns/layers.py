@@ -16,6 +16,7 @@ from pi05c.passes.patterns.linear import Linear, find_linears
 from pi05c.passes.patterns.norm import Norm, find_norms
 from pi05c.passes.patterns.parts import PARTS, Part, parts_of
 from pi05c.passes.patterns.rope import Rope, find_rope
+from pi05c.passes.patterns.two_terms import after_terms, before_terms
 from pi05c.passes.patterns.walk import MOVING, QDQ, consumers, origin
 
 OPERATORS = (
@@ -115,6 +116,7 @@ class Layers:
         self._depth: dict[int, int] = {}
         self._measure(graph)
         self._role: dict[int, str] = {}
+        self._read_by: dict[int, set[str]] = {}
         self._name_linears(graph)
         steps = sum(step.scope is graph for step in self.flow)
         total = self._layers("denoise")
@@ -172,22 +174,24 @@ class Layers:
         for linear in self._linears:
             if id(linear.node) in self._role:
                 continue
-            source = origin(linear.activation, _THROUGH)
+            activation = before_terms(linear.activation, _THROUGH)
             if self._feeds_attention(linear):
                 self._role[id(linear.node)] = "qkv"
-            elif self._mixed(source):
+            elif self._mixed(origin(activation, _THROUGH)):
                 self._role[id(linear.node)] = "out"
-            elif any(id(tensor) in self._norms for tensor in _back(linear.activation)):
+            elif any(id(tensor) in self._norms for tensor in _back(activation)):
                 candidates[id(linear.node)] = linear
             else:
                 inner.append(linear)
         for linear in inner:
-            above = self._products_above(linear.activation)
+            above = self._products_above(before_terms(linear.activation, _THROUGH))
             if above and above <= candidates.keys():
                 self._role[id(linear.node)] = "down"
                 self._role.update(dict.fromkeys(above, "gate/up"))
         for linear in self._linears:
-            self._role.setdefault(id(linear.node), "linear")
+            role = self._role.setdefault(id(linear.node), "linear")
+            for tensor in _back(before_terms(linear.activation, _THROUGH)):
+                self._read_by.setdefault(id(tensor), set()).add(role)
 
     def _feeds_attention(self, linear: Linear) -> bool:
         """Whether what it makes is a factor of an attention, without another product in between."""
@@ -278,7 +282,7 @@ class Layers:
         yield Operator(place, "softmax", nodes[-1], nodes)
 
     def _of_norm(self, norm: Norm) -> Operator:
-        roles = {self._role.get(id(node)) for node in consumers(norm.output, _THROUGH)}
+        roles = self._read_by.get(id(norm.output), set())
         last = norm.nodes[-1]
         if "qkv" in roles:
             return Operator(self._place(last, 0), "attention norm", last, norm.nodes)
@@ -293,7 +297,7 @@ class Layers:
         for linear in self._linears:
             role = self._role[id(linear.node)]
             if role in ("out", "down"):
-                tensor = _residual(linear.node.outputs[0])
+                tensor = _residual(after_terms(linear.node.outputs[0]))
                 if tensor is not None:
                     half = HALVES[role == "down"]
                     yield LayerOutput(self._place(linear.node, 1), half, linear.scope, tensor)

@@ -158,3 +158,18 @@ def test_a_gemm_with_a_bias_is_not_given_two_terms() -> None:
     model = editable(graph_text(text, {"w": normal(1, 32, 32), "b": normal(2, 32)}))
     (skip,) = run_pass(model, "quantize_linears", known(), two_terms="w").skips
     assert skip.reason == "'y.Gemm' is a Gemm that would add its bias to both terms"
+
+
+def test_a_pattern_may_name_a_place() -> None:
+    text = """
+        tower (float[1,3,32,32] image) => (float[4,32] y) {
+          patches = Conv<strides = [16, 16]>(image, filter)
+          rows = Reshape(patches, shape)
+          first = MatMul(rows, w)
+          y = MatMul(first, w)
+        }"""
+    weights = {"filter": normal(3, 32, 3, 16, 16), "shape": np.array([4, 32]), "w": normal(1, 32, 32)}
+    model = editable(graph_text(text, weights))
+    ranges = Ranges({"rows": -3, "first": -9}, {"rows": 3, "first": 9}, "tests")
+    result = run_pass(model, "quantize_linears", ranges, keep="vision.linear")
+    assert [skip.reason for skip in result.skips] == ["an option keeps it"] * 2
