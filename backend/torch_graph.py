@@ -58,6 +58,32 @@ class TorchGraph(nn.Module):
         """The outputs, in order."""
         return _run(self, self._calls, self.inputs, self._results, inputs)
 
+    def observe(self, inputs: Mapping[str, Tensor], see: Callable[[str, Tensor], None]) -> None:
+        """Run once and show every input and every result by name; each is freed after the last node that reads it.
+
+        Args:
+            inputs: by name.
+        """
+        last = {name: index for index, (_, arguments, _) in enumerate(self._calls) for name in arguments}
+        values: dict[str, Any] = dict(inputs)
+        for name, value in inputs.items():
+            see(name, value)
+        for index, (function, arguments, made) in enumerate(self._calls):
+            given = function(
+                *(
+                    None if name is None else values[name] if name in values else self.get_buffer(name)
+                    for name in arguments
+                )
+            )
+            for name, value in zip(
+                made, given if isinstance(given, (tuple, list)) else (given,), strict=True
+            ):
+                see(name, value)
+                values[name] = value
+            for read in {*made, *arguments}:
+                if read is not None and last.get(read, index) == index:
+                    values.pop(read, None)
+
     def halves(self, name: str) -> tuple[Part, Part]:
         """What does not depend on the input `name`, and what does; the first gives what the second reads of it."""
         late = {name}

@@ -288,6 +288,42 @@ def cached_ranges(
     return ranges
 
 
+def keep_ranges(
+    model: Model,
+    tensors: Sequence[str],
+    samples: Samples,
+    ranges: Ranges,
+    cache_dir: Path | None = None,
+    *,
+    quantized: Collection[str] = (),
+    method: Method = MAX,
+) -> Path:
+    """Keep ranges that were measured otherwise where `cached_ranges`, asked the same, finds them; the file.
+
+    Raises:
+        Pi05cError: the folder cannot be written.
+    """
+    graph_hash = graph_sha256(model)
+    key = _key(graph_hash, _Asked.of(tensors, None, quantized, method), samples)
+    path = (cache_dir or default_cache_dir()) / "ranges" / f"{key}.json"
+    measured = MeasuredRanges(
+        ranges.low,
+        ranges.high,
+        samples.source,
+        samples.synthetic,
+        thresholds=ranges.thresholds,
+        graph_sha256=graph_hash,
+        data_sha256=samples.sha256,
+        samples=len(samples),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, measured)
+    except OSError as error:
+        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
 def save_ranges(path: Path, ranges: MeasuredRanges) -> None:
     """Write ranges as JSON that a person can read: `[low, high]` by tensor name. Rows lie beside it (`rows_path`).
 
@@ -458,6 +494,7 @@ __all__ = [
     "cached_ranges",
     "default_cache_dir",
     "graph_sha256",
+    "keep_ranges",
     "measure_ranges",
     "rows_path",
     "save_ranges",

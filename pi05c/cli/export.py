@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pi05c.cli.app import Debug, Json, Quiet, Verbose, app
+from pi05c.cli.app import CalibrationMethod, Debug, Json, Passes, Quiet, Verbose, app
 from pi05c.cli.output import make_progress, print_json
+from pi05c.graph.errors import UsageError
+
+
+class CalibrateWith(str, Enum):
+    """Whose calibrators measure ranges when a model is exported."""
+
+    MODELOPT = "modelopt"
 
 
 @app.command()
@@ -28,12 +36,22 @@ def export(
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Recorded samples (.npz) to leave beside the model.")
     ] = None,
+    calibrate_with: Annotated[
+        CalibrateWith | None,
+        typer.Option(help="modelopt: measure ranges in torch at once, and keep them for `pi05c compile`."),
+    ] = None,
+    calibration_method: CalibrationMethod = "max",
+    passes: Passes = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Write the plain ONNX graph of a checkpoint, with what a robot needs beside the network."""
+    if calibrate_with is None and (passes is not None or calibration_method != "max"):
+        raise UsageError(
+            "--passes and --calibration-method say what --calibrate-with measures: give that too"
+        )
     from pi05c.frontend.export import export_model
 
     progress = make_progress(quiet, verbose)
@@ -52,6 +70,14 @@ def export(
             calibration=calibration or (),
             progress=lambda text: update(None, text),
         )
+    measured = None
+    if calibrate_with is not None:
+        from pi05c.modelopt_calibration import calibrate_with_modelopt
+
+        given = ("synthetic",) if result.synthetic else ()
+        measured = calibrate_with_modelopt(
+            result.model, passes, calibration=given, calibration_method=calibration_method, progress=progress
+        )
     facts = {
         "model": str(result.model),
         "calibration": None if result.calibration is None else str(result.calibration),
@@ -59,6 +85,7 @@ def export(
         "parameters": result.parameters,
         "bytes": result.nbytes,
         "seconds": round(result.seconds, 3),
+        "ranges": None if measured is None else str(measured.file),
     }
     if json_:
         print_json(facts)
@@ -67,3 +94,8 @@ def export(
         if result.calibration is not None:
             kind = "made-up" if result.synthetic else "recorded"
             typer.echo(f"{result.calibration}: {kind} samples for calibration")
+        if measured is not None:
+            typer.echo(
+                f"{measured.file}: ranges of {len(measured.ranges.low):,} tensors by ModelOpt's calibrators, on "
+                f"{measured.samples} samples on {measured.device}"
+            )
