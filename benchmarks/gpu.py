@@ -120,14 +120,12 @@ class Measurement:
         )
         return result
 
-    def timed(self, work: Callable[[], Any]) -> tuple[dict[str, Any], Any, Callable[[], None]]:
-        """Record `work` as a CUDA graph and time its replays; also its result and the replay."""
+    def recorded(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record `work` as a CUDA graph: its result, and what replays it."""
         torch = self.torch
         with torch.no_grad():
             if not self.cuda:
-                started = time.monotonic()
-                result = work()
-                return {"median_ms": (time.monotonic() - started) * 1e3}, result, work
+                return work(), work
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -138,22 +136,31 @@ class Measurement:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = work()
+        return result, graph.replay
+
+    def timed(self, replay: Callable[[], Any]) -> dict[str, float]:
+        """Milliseconds of replays, by CUDA events."""
+        torch = self.torch
+        if not self.cuda:
+            started = time.monotonic()
+            with torch.no_grad():
+                replay()
+            return {"median_ms": (time.monotonic() - started) * 1e3}
         for _ in range(10):
-            graph.replay()
+            replay()
         times = []
         for _ in range(RUNS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            replay()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-        figures = {
+        return {
             "median_ms": float(np.median(times)),
             "p95_ms": float(np.percentile(times, 95)),
             "min_ms": min(times),
         }
-        return figures, result, graph.replay
 
     def kernels(self, replay: Callable[[], None]) -> dict[str, Any]:
         """Kernels of one replay: how many, their time together, and those that take most."""
@@ -233,10 +240,10 @@ class Measurement:
         self, prefix: Callable[[], Any], steps: Callable[[Any], Any], actions: Callable[[Any], Any]
     ) -> dict[str, Any]:
         """Times of prefix, ten steps and both in one graph; error and kernels."""
-        first, border, replay_prefix = self.timed(prefix)
-        second, _, replay_steps = self.timed(lambda: steps(border))
-        whole, result, replay = self.timed(lambda: steps(prefix()))
-        replay()
+        border, replay_prefix = self.recorded(prefix)
+        _, replay_steps = self.recorded(lambda: steps(border))
+        result, replay = self.recorded(lambda: steps(prefix()))
+        first, second, whole = (self.timed(each) for each in (replay_prefix, replay_steps, replay))
         report = {"whole": whole, "prefix": first, "steps": second, "error": self.error(actions(result))}
         report["profile"] = {"prefix": self.kernels(replay_prefix), "steps": self.kernels(replay_steps)}
         return report
@@ -252,31 +259,32 @@ class Measurement:
                 raise RuntimeError(f"{path} was not made")
             time.sleep(0.2)
 
-    def translate(self, pipeline: str) -> Any:
-        """Both halves of a rewritten graph in torch, the prefix compiled by Inductor."""
-        from pi05c.backend.torch_graph import translate
-
+    def compiled(self, prefix: Any) -> Callable[[], Any]:
+        """The part of a translated graph that no step belongs to, compiled by Inductor, on the inputs."""
         torch = self.torch
-        module = translate(self.folder / pipeline / "model.onnx", self.device)
-        prefix, steps = module.halves("noise")
-        with torch.no_grad():
-            program = torch.export.export(
-                prefix, tuple(self.inputs[name] for name in prefix.inputs), strict=False
-            ).module()
-        compiled = torch.compile(program, fullgraph=True)
-        return module, prefix, steps, compiled
-
-    def rewritten(self, pipeline: str) -> dict[str, Any]:
-        """Times of a rewritten graph."""
-        module, prefix, steps, compiled = self.translate(pipeline)
         given = [self.inputs[name] for name in prefix.inputs]
+        with torch.no_grad():
+            program = torch.export.export(prefix, tuple(given), strict=False).module()
+        function = torch.compile(program, fullgraph=True)
+        return lambda: function(*given)
+
+    def late(self, prefix: Any, steps: Any) -> Callable[[Any], Any]:
+        """The part that depends on the noise, as a function of what the other part gives."""
         own = [name for name in steps.inputs if name not in prefix.outputs]
 
-        def late(border: Any) -> Any:
+        def run(border: Any) -> Any:
             values = dict(zip(prefix.outputs, border, strict=True))
             return steps(*(self.inputs[name] if name in own else values[name] for name in steps.inputs))
 
-        report = self.figures(lambda: compiled(*given), late, lambda result: result[0])
+        return run
+
+    def rewritten(self, pipeline: str) -> dict[str, Any]:
+        """Times of a rewritten graph."""
+        from pi05c.backend.torch_graph import translate
+
+        module = translate(self.folder / pipeline / "model.onnx", self.device)
+        prefix, steps = module.halves("noise")
+        report = self.figures(self.compiled(prefix), self.late(prefix, steps), lambda result: result[0])
         return {"fused": module.fused, **report}
 
     def simulations(self) -> dict[str, Any]:
