@@ -8,28 +8,19 @@ operator runs, and the builder obeys.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
-import platform
 import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import pi05c
+from pi05c.backend.child import BuildProgress, run_child, write_reproducer
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.signature import TensorSpec, inputs_of
 from pi05c.backend.targets import Flavour, Target, target_of
-from pi05c.backend.tensorrt_worker import EVENT, Request, memory_of
+from pi05c.backend.tensorrt_worker import Request
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.tensorrt_worker")
@@ -38,13 +29,7 @@ WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.tensorrt
 MIN_TENSORRT = (10, 13)
 """Oldest TensorRT that reads what the default pipeline writes: FP8 attention at opset 21."""
 
-_GIB = 2**30
 _LOG_TAIL = 40
-_LOG_LINES = 20_000
-_ERRORS_SHOWN = 3
-_WATCH_INTERVAL_S = 0.1
-_NOISE = ("--- Begin node", "--- End node", "catchCudaError")
-"""Error lines that explain nothing: the frame around a printed node, and what follows from there being no GPU."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +74,6 @@ class BuildOptions:
     time_limit_s: float | None = None
     memory_limit: int | None = None
     verbose: bool = False
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """Where the builder is: `step` of `steps` of a phase (0 of 0 where it does not say)."""
-
-    phase: str
-    step: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -230,11 +206,26 @@ def build(
         verbose=options.verbose,
     )
     try:
-        run = _run(request, options, progress)
+        run = run_child(
+            WORKER_COMMAND,
+            request.to_json(),
+            partial,
+            time_limit_s=options.time_limit_s,
+            memory_limit=options.memory_limit,
+            progress=progress,
+        )
         if failure := run.failure():
             where = ""
             if reproducer_dir is not None:
-                where = f"; {_write_reproducer(reproducer_dir, request, options, run)} reproduces it"
+                script = write_reproducer(
+                    reproducer_dir,
+                    WORKER_COMMAND,
+                    lambda model: replace(request, model=model, plan="model.engine").to_json(),
+                    Path(request.model),
+                    run,
+                    {options.flavour.value: installed_version(options.flavour) or "unknown"},
+                )
+                where = f"; {script} reproduces it"
             names = " and ".join(target.name for target in options.targets) or "the portable targets"
             raise BuildError(
                 f"{options.flavour.product} did not build {model_path} for {names}: {failure}{where}"
@@ -245,7 +236,7 @@ def build(
         partial.unlink(missing_ok=True)
     return BuildResult(
         flavour=options.flavour,
-        version=run.version,
+        version="" if run.built is None else run.built["version"],
         targets=options.targets,
         plan_bytes=plan_bytes,
         seconds=run.seconds,
@@ -309,142 +300,6 @@ def _check_profile(profile: ShapeProfile, spec: TensorSpec) -> None:
             f"the shapes {given} do not fit input {spec}: minimum, optimum and maximum must not descend, and fixed "
             "dimensions keep their size"
         )
-
-
-@dataclass
-class _Run:
-    """What became of one child process."""
-
-    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
-    returncode: int = 0
-    stopped: str | None = None
-    built: bool = False
-    version: str = ""
-    phase: str = ""
-    peak_memory: int = 0
-    seconds: float = 0.0
-
-    def lines(self, prefix: str) -> list[str]:
-        return [line[len(prefix) :].strip() for line in self.log if line.startswith(prefix)]
-
-    def failure(self) -> str | None:
-        """What went wrong, or None. An `[E]` line is a failure whatever the builder returned."""
-        errors = self.lines("[E]")
-        telling = [line for line in errors if not any(noise in line for noise in _NOISE)] or errors
-        reasons = "; ".join(dict.fromkeys(telling[-_ERRORS_SHOWN:]))
-        if self.stopped is not None:
-            return self.stopped + (f", in the phase {self.phase!r}" if self.phase else "")
-        if self.returncode < 0:
-            return self._killed() + (f" after logging: {reasons}" if reasons else "")
-        if not errors and self.returncode == 0 and self.built:
-            return None
-        if not errors:
-            last = next(iter(self.lines("[!]")[-1:]), next(reversed(self.log), "no output"))
-            reasons = f"it ended with exit status {self.returncode} and said last: {last}"
-        return reasons
-
-    def _killed(self) -> str:
-        try:
-            name = signal.Signals(-self.returncode).name
-        except ValueError:
-            name = f"signal {-self.returncode}"
-        held = f" when it held {self.peak_memory / _GIB:.1f} GiB" if self.peak_memory else ""
-        if name == "SIGKILL":
-            return f"the builder was killed ({name}){held}, as the system does when memory runs out"
-        return f"the builder crashed ({name}){held}"
-
-
-def _run(request: Request, options: BuildOptions, progress: Callable[[BuildProgress], None] | None) -> _Run:
-    run = _Run()
-    folder = Path(request.plan).parent
-    request_path = Path(f"{request.plan}.json")
-    package_root = str(Path(pi05c.__file__).resolve().parents[1])
-    python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-    start = time.monotonic()
-    try:
-        request_path.write_text(request.to_json())
-        process = subprocess.Popen(
-            [*WORKER_COMMAND, str(request_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": python_path},
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError as error:
-        request_path.unlink(missing_ok=True)
-        raise Pi05cError(f"the builder cannot be started in {folder}: {error.strerror or error}") from error
-
-    watch = threading.Thread(target=_watch, args=(process, run, options), daemon=True)
-    try:
-        watch.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(EVENT):
-                _take_event(run, json.loads(line[len(EVENT) :]), progress)
-            elif line.strip():
-                run.log.append(line.rstrip())
-        run.returncode = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-        request_path.unlink(missing_ok=True)
-    run.seconds = time.monotonic() - start
-    return run
-
-
-def _watch(process: subprocess.Popen[str], run: _Run, options: BuildOptions) -> None:
-    """Kill the child when it exceeds a limit, and note why. Ends with the child."""
-    deadline = math.inf if options.time_limit_s is None else time.monotonic() + options.time_limit_s
-    while process.poll() is None:
-        run.peak_memory = max(run.peak_memory, memory_of(process.pid))
-        if time.monotonic() >= deadline:
-            run.stopped = f"it was stopped after its time limit of {options.time_limit_s:g} s"
-        elif options.memory_limit is not None and memory_of(process.pid, "RssAnon") > options.memory_limit:
-            run.stopped = f"it was stopped at its memory limit of {options.memory_limit / _GIB:.1f} GiB"
-        if run.stopped is not None:
-            process.kill()
-            return
-        time.sleep(_WATCH_INTERVAL_S)
-
-
-def _take_event(
-    run: _Run, event: Mapping[str, Any], progress: Callable[[BuildProgress], None] | None
-) -> None:
-    if event["event"] == "built":
-        run.built = True
-        run.version = event["version"]
-        run.peak_memory = max(run.peak_memory, event["peak_memory"])
-    else:
-        run.phase = event["phase"]
-        if progress is not None:
-            progress(BuildProgress(event["phase"], event["step"], event["steps"]))
-
-
-def _write_reproducer(folder: Path, request: Request, options: BuildOptions, run: _Run) -> Path:
-    """Leave in `folder` what it takes to see a failure again; returns the script."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = Path(request.model)
-    if model.parent == folder.absolute().parent:  # so that the two may move together
-        model = Path("..", model.name)
-    (folder / "request.json").write_text(replace(request, model=str(model), plan="model.engine").to_json())
-    (folder / "build.log").write_text("\n".join(run.log) + "\n")
-    versions = {name: metadata.version(name) for name in ("pi05c", "polygraphy", "onnx")}
-    versions[options.flavour.value] = installed_version(options.flavour) or "unknown"
-    versions["python"] = platform.python_version()
-    versions["platform"] = platform.platform()
-    (folder / "versions.txt").write_text("".join(f"{name} {version}\n" for name, version in versions.items()))
-    script = folder / "reproduce.sh"
-    script.write_text(
-        "#!/bin/sh\n"
-        f"# Builds {model} again as it failed; the log of the failure is in build.log.\n"
-        'cd "$(dirname "$0")" || exit 1\n'
-        f"exec {shlex.join(WORKER_COMMAND)} request.json\n"
-    )
-    script.chmod(0o755)
-    return script
 
 
 def trtexec_script(model_name: str, targets: Sequence[Target], options: BuildOptions) -> str:
@@ -553,7 +408,6 @@ echo "model.engine is built: $(wc -c < model.engine) bytes"
 __all__ = [
     "MIN_TENSORRT",
     "BuildOptions",
-    "BuildProgress",
     "BuildResult",
     "ShapeProfile",
     "build",

@@ -1,15 +1,11 @@
 """The child process that builds an engine: `python -m pi05c.backend.tensorrt_worker REQUEST.json`.
 
-A process of its own because the builder may crash or be killed without taking the compiler along, because its
-memory is returned as a whole, and because Polygraphy decides between TensorRT and TensorRT-RTX once a process.
-
-It writes its log to stdout and stderr as Polygraphy spells it (`[E]`, `[W]`, ...), and events for the parent as
-lines of JSON after `EVENT`. Exit status: 0 built, 1 not built.
+Polygraphy decides between TensorRT and TensorRT-RTX once a process, and spells the log as `child` reads it. Exit
+status: 0 built, 1 not built.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-EVENT = "@pi05c "
-"""What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
+from pi05c.backend.child import memory_of, send
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -90,7 +85,7 @@ def build(request: Request) -> None:
         raise PolygraphyException("the builder returned no engine")
     if request.timing_cache is not None:
         _save_timing_cache(config, request.timing_cache)
-    _event(event="built", version=trt.__version__, peak_memory=memory_of())
+    send(event="built", version=trt.__version__, peak_memory=memory_of())
 
 
 def _config(request: Request, trt: Any, builder: Any, network: Any) -> Any:
@@ -160,7 +155,7 @@ def _monitor(trt: Any) -> Any:
         def _report(self, name: str, done: int) -> None:
             if time.monotonic() - self.reported >= _PROGRESS_INTERVAL_S:
                 self.reported = time.monotonic()
-                _event(event="progress", phase=name, step=done, steps=self.steps.get(name, 0))
+                send(event="progress", phase=name, step=done, steps=self.steps.get(name, 0))
 
     return Monitor()
 
@@ -177,25 +172,6 @@ def _save_timing_cache(config: Any, path: str) -> None:
             cache.combine(config.create_timing_cache(Path(path).read_bytes()), ignore_mismatch=True)
         with cache.serialize() as serialized:
             Path(path).write_bytes(bytes(serialized))
-
-
-def memory_of(pid: int | None = None, what: str = "VmHWM") -> int:
-    """Bytes of memory of a process, by default this one, as Linux counts them; 0 where they cannot be read.
-
-    `VmHWM` is the largest resident set so far, mapped files included (unlike `ru_maxrss`, it does not carry over
-    from the parent through fork); `RssAnon` is what is resident now and backed by no file.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{'self' if pid is None else pid}/status").read_text().splitlines():
-            if line.startswith(f"{what}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _event(**fields: object) -> None:
-    """One write, on a line of its own even where another thread is in the middle of one."""
-    sys.stdout.write(f"\n{EVENT}{json.dumps(fields)}\n")
-    sys.stdout.flush()
 
 
 def main(path: str) -> int:

@@ -28,7 +28,7 @@ from pi05c.progress import Progress, Update
 from pi05c.report import write_report
 
 if TYPE_CHECKING:
-    from pi05c.backend.tensorrt import BuildProgress
+    from pi05c.backend.child import BuildProgress
 
 NO_PLAN = "onnxruntime"
 """The word for `--backend` that asks for a folder without a plan."""

@@ -14,10 +14,10 @@ from onnx import TensorProto
 from small_graphs import node, write_fp8_linear, write_model
 
 from pi05c.backend import tensorrt
+from pi05c.backend.child import BuildProgress
 from pi05c.backend.targets import Flavour, parse_targets
 from pi05c.backend.tensorrt import (
     BuildOptions,
-    BuildProgress,
     ShapeProfile,
     build,
     can_build,

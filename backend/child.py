@@ -1,0 +1,269 @@
+"""A builder in a child process: its request, its limits, its log, and what is kept of it when it fails.
+
+A process of its own because a builder may crash or be killed without taking the compiler along, and because its memory
+is returned as a whole. The child reads its request from a file of JSON. It writes a log to stdout and stderr, in which
+lines that begin with `[E]` are errors and with `[W]` warnings, and events for the parent as lines of JSON after `EVENT`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pi05c
+from pi05c.graph.errors import Pi05cError
+
+EVENT = "@pi05c "
+"""What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
+
+_GIB = 2**30
+_LOG_LINES = 20_000
+_ERRORS_SHOWN = 3
+_WATCH_INTERVAL_S = 0.1
+_NOISE = ("--- Begin node", "--- End node", "catchCudaError")
+"""Error lines that explain nothing: the frame around a printed node, and what follows from there being no GPU."""
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """Where the builder is: `step` of `steps` of a phase (0 of 0 where it does not say)."""
+
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass
+class ChildRun:
+    """What became of one child process.
+
+    Attributes:
+        log: its last lines.
+        stopped: which limit it exceeded.
+        built: what it said in its event `built`; None where it did not.
+        phase: the last one that it named.
+        peak_memory: largest resident set in bytes, mapped files included; 0 where unknown.
+        seconds: from start to end.
+    """
+
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
+    returncode: int = 0
+    stopped: str | None = None
+    built: dict[str, Any] | None = None
+    phase: str = ""
+    peak_memory: int = 0
+    seconds: float = 0.0
+
+    def lines(self, prefix: str) -> list[str]:
+        """Lines of the log that begin so, without it."""
+        return [line[len(prefix) :].strip() for line in self.log if line.startswith(prefix)]
+
+    def failure(self) -> str | None:
+        """What went wrong, or None. An `[E]` line is a failure whatever the builder returned."""
+        errors = self.lines("[E]")
+        telling = [line for line in errors if not any(noise in line for noise in _NOISE)] or errors
+        reasons = "; ".join(dict.fromkeys(telling[-_ERRORS_SHOWN:]))
+        if self.stopped is not None:
+            return self.stopped + (f", in the phase {self.phase!r}" if self.phase else "")
+        if self.returncode < 0:
+            return self._killed() + (f" after logging: {reasons}" if reasons else "")
+        if not errors and self.returncode == 0 and self.built is not None:
+            return None
+        if not errors:
+            last = next(iter(self.lines("[!]")[-1:]), next(reversed(self.log), "no output"))
+            reasons = f"it ended with exit status {self.returncode} and said last: {last}"
+        return reasons
+
+    def _killed(self) -> str:
+        try:
+            name = signal.Signals(-self.returncode).name
+        except ValueError:
+            name = f"signal {-self.returncode}"
+        held = f" when it held {self.peak_memory / _GIB:.1f} GiB" if self.peak_memory else ""
+        if name == "SIGKILL":
+            return f"the builder was killed ({name}){held}, as the system does when memory runs out"
+        return f"the builder crashed ({name}){held}"
+
+
+def run_child(
+    command: Sequence[str],
+    request: str,
+    partial: Path,
+    *,
+    time_limit_s: float | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> ChildRun:
+    """Run a builder to its end, with all processes that it starts.
+
+    Args:
+        command: takes the path of the request; it runs in the folder of `partial`.
+        request: JSON.
+        partial: the file that is written; the request lies beside it meanwhile.
+        time_limit_s: seconds after which the child is ended.
+        memory_limit: bytes at which it is ended, mapped files not counted (Linux).
+        progress: called from time to time.
+
+    Raises:
+        Pi05cError: it cannot be started.
+    """
+    run = ChildRun()
+    request_path = Path(f"{partial}.json")
+    package_root = str(Path(pi05c.__file__).resolve().parents[1])
+    python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+    start = time.monotonic()
+    try:
+        request_path.write_text(request)
+        process = subprocess.Popen(
+            [*command, str(request_path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=partial.parent,
+            env={**os.environ, "PYTHONPATH": python_path},
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # so that the compilers that it starts end with it
+        )
+    except OSError as error:
+        request_path.unlink(missing_ok=True)
+        raise Pi05cError(
+            f"the builder cannot be started in {partial.parent}: {error.strerror or error}"
+        ) from error
+
+    watch = threading.Thread(target=_watch, args=(process, run, time_limit_s, memory_limit), daemon=True)
+    try:
+        watch.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(EVENT):
+                _take_event(run, json.loads(line[len(EVENT) :]), progress)
+            elif line.strip():
+                run.log.append(line.rstrip())
+        run.returncode = process.wait()
+    finally:
+        _end(process)
+        process.wait()
+        request_path.unlink(missing_ok=True)
+    run.seconds = time.monotonic() - start
+    return run
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill the child and what it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _watch(
+    process: subprocess.Popen[str], run: ChildRun, time_limit_s: float | None, memory_limit: int | None
+) -> None:
+    """End the child when it exceeds a limit, and note why. Ends with the child."""
+    deadline = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
+    while process.poll() is None:
+        run.peak_memory = max(run.peak_memory, memory_of(process.pid))
+        if time.monotonic() >= deadline:
+            run.stopped = f"it was stopped after its time limit of {time_limit_s:g} s"
+        elif memory_limit is not None and memory_of(process.pid, "RssAnon") > memory_limit:
+            run.stopped = f"it was stopped at its memory limit of {memory_limit / _GIB:.1f} GiB"
+        if run.stopped is not None:
+            _end(process)
+            return
+        time.sleep(_WATCH_INTERVAL_S)
+
+
+def _take_event(
+    run: ChildRun, event: dict[str, Any], progress: Callable[[BuildProgress], None] | None
+) -> None:
+    if event["event"] == "built":
+        run.built = event
+        run.peak_memory = max(run.peak_memory, event["peak_memory"])
+    else:
+        run.phase = event["phase"]
+        if progress is not None:
+            progress(BuildProgress(event["phase"], event["step"], event["steps"]))
+
+
+def write_reproducer(
+    folder: Path,
+    command: Sequence[str],
+    request: Callable[[str], str],
+    model: Path,
+    run: ChildRun,
+    versions: Mapping[str, str],
+) -> Path:
+    """Leave in `folder` what it takes to see a failure again; returns the script.
+
+    Args:
+        request: the request for a model at another place, as JSON.
+        versions: of the builder, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.parent == folder.absolute().parent:  # so that the two may move together
+        model = Path("..", model.name)
+    (folder / "request.json").write_text(request(str(model)))
+    (folder / "build.log").write_text("\n".join(run.log) + "\n")
+    known = {
+        **_versions(("pi05c", "polygraphy", "onnx")),
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    (folder / "versions.txt").write_text("".join(f"{name} {version}\n" for name, version in known.items()))
+    script = folder / "reproduce.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"# Builds {model} again as it failed; the log of the failure is in build.log.\n"
+        'cd "$(dirname "$0")" || exit 1\n'
+        f"exec {shlex.join(command)} request.json\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed: pi05c need not be."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def send(**fields: object) -> None:
+    """Tell the parent; one write, on a line of its own even where another thread is in the middle of one."""
+    sys.stdout.write(f"\n{EVENT}{json.dumps(fields)}\n")
+    sys.stdout.flush()
+
+
+def memory_of(pid: int | None = None, what: str = "VmHWM") -> int:
+    """Bytes of memory of a process, by default this one, as Linux counts them; 0 where they cannot be read.
+
+    `VmHWM` is the largest resident set so far, mapped files included (unlike `ru_maxrss`, it does not carry over
+    from the parent through fork); `RssAnon` is what is resident now and backed by no file.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{'self' if pid is None else pid}/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+__all__ = ["EVENT", "BuildProgress", "ChildRun", "memory_of", "run_child", "send", "write_reproducer"]
