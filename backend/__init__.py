@@ -4,6 +4,8 @@
 - `tensorrt`: engines by TensorRT and TensorRT-RTX, built in a child process (`tensorrt_worker`); `build_engine.sh`
   for targets that cannot be built here.
 - `tensorrt_engine`: a plan on the GPU, by the runtime of either flavour; `cuda`: memory, stream and graphs.
+- `inductor`: packages by AOTInductor, compiled in a child process (`inductor_worker`); `inductor_engine` and
+  `torch_device`: the same at run time. `child`: a builder's process, its limits and its log.
 - `onnxruntime`: reference and simulated runs on the CPU, through `lowering`, which spells out what
   onnxruntime lacks or computes in a wider format than the graph says.
 - `torch_graph`: a rewritten graph as a torch module, by the table of `torch_operators`; `torch_fusion` finds what

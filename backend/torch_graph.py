@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pi05c.backend import torch_fusion, torch_kernels
-from pi05c.backend.torch_operators import CONSTANT_ARGUMENTS, OPERATORS, Call, Entry, to_torch
+from pi05c.backend.torch_operators import CONSTANT_ARGUMENTS, OPERATORS, Call, Entry, to_numpy, to_torch
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
@@ -55,8 +55,9 @@ class TorchGraph(nn.Module):
         self._known.clear()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, in order."""
-        return _run(self, self._calls, self.inputs, self._results, inputs)
+        """The outputs, in order, contiguous, as another graph that was compiled ahead of time takes them."""
+        results = _run(self, self._calls, self.inputs, self._results, inputs)
+        return tuple(value.contiguous() for value in results)
 
     def observe(self, inputs: Mapping[str, Tensor], see: Callable[[str, Tensor], None]) -> None:
         """Run once and show every input and every result by name; each is freed after the last node that reads it.
@@ -307,7 +308,7 @@ class TorchRunner:
         """Run once; see `Runner`."""
         tensors = [to_torch(inputs[name]).to(self._device) for name in self.module.inputs]
         return {
-            name: value.cpu().numpy()
+            name: to_numpy(value.cpu())
             for name, value in zip(self.module.outputs, self.module(*tensors), strict=True)
         }
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pi05c.graph.dtypes import FLOAT8E4M3FN, LARGEST, to_numpy
+from pi05c.graph import dtypes
+from pi05c.graph.dtypes import BFLOAT16, FLOAT8E4M3FN, LARGEST
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.weights import array_of
 
@@ -82,7 +83,7 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     Raises:
         Pi05cError: torch has none.
     """
-    found = to_numpy(dtype)
+    found = dtypes.to_numpy(dtype)
     name = "?" if found is None else found.name
     if name not in TORCH_DTYPES:
         raise Pi05cError(f"torch has no type {name}: compile for TensorRT")
@@ -98,6 +99,15 @@ def to_torch(values: Any) -> Tensor:
     if name == "float8_e4m3fn":
         return torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(values)
+
+
+def to_numpy(tensor: Tensor) -> Any:
+    """A tensor on the CPU as an array of numpy or, of types that numpy lacks, `ml_dtypes`; without a copy."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(FLOAT8E4M3FN)
+    return tensor.numpy()
 
 
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -346,6 +356,7 @@ __all__ = [
     "Call",
     "Entry",
     "quantize",
+    "to_numpy",
     "to_torch",
     "torch_dtype",
 ]

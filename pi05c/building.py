@@ -1,19 +1,20 @@
-"""Which builder makes the plan for which GPUs, and the plan itself."""
+"""Which builder makes the plan, or the package, for which GPUs; and the plan or package itself."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi05c.backend import tensorrt
+from pi05c.backend import inductor, tensorrt
 from pi05c.backend.gpu import compute_capabilities
+from pi05c.backend.inductor import CPU, INDUCTOR, InductorOptions, Package
 from pi05c.backend.targets import Flavour, Target, parse_targets, target_of, unsupported
 from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
-from pi05c.folder import FAILED_BUILD, GRAPH, PLAN, REPORT, inside
+from pi05c.folder import FAILED_BUILD, GRAPH, PACKAGE, PLAN, REPORT, inside
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
 from pi05c.manifest import (
     EngineRecord,
@@ -47,24 +48,29 @@ class Builder:
     """What is to be built, decided before anything is written.
 
     Attributes:
-        options: flavour, targets and the rest; None for a folder without a plan.
+        options: of TensorRT (flavour, targets and the rest) or of Inductor; None for a folder without a plan.
         obstacle: why the plan cannot be built on this machine; None if it can.
         chosen: one sentence where the target was chosen and not asked for.
     """
 
-    options: BuildOptions | None
+    options: BuildOptions | InductorOptions | None
     targets: tuple[Target, ...] = ()
     obstacle: str | None = None
     chosen: str | None = None
+
+    @property
+    def profiles(self) -> tuple[ShapeProfile, ...]:
+        """Shapes of dynamic inputs."""
+        return self.options.profiles if isinstance(self.options, BuildOptions) else ()
 
 
 def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) -> Builder:
     """Decide who builds for what.
 
     Args:
-        backend: `tensorrt-rtx`, `tensorrt`, `onnxruntime` for no plan, or None to choose.
-        target: GPUs as `--target` takes them, or None for the one at hand.
-        options: the other fields of `BuildOptions`.
+        backend: `tensorrt-rtx`, `tensorrt`, `inductor`, `onnxruntime` for no plan, or None to choose.
+        target: GPUs as `--target` takes them, `cpu` (of Inductor), or None for the GPU at hand.
+        options: the other fields of `BuildOptions` or `InductorOptions`.
 
     Raises:
         UsageError: an unknown backend or target; a time limit that is not positive; an option that the builder or
@@ -74,11 +80,15 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
     time_limit = options.get("time_limit_s")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"--time-limit {time_limit:g} leaves no time to build: give seconds above 0")
+    if backend == INDUCTOR:
+        return _choose_inductor(target, options)
+    if options.get("max_autotune"):
+        raise UsageError(f"--max-autotune is Inductor's: give --backend {INDUCTOR}, or leave it out")
     targets = parse_targets(target) if target is not None else ()
     if backend == NO_PLAN:
         return Builder(None, targets)
     if backend is not None and backend not in (flavour.value for flavour in Flavour):
-        known = ", ".join([*(flavour.value for flavour in Flavour), NO_PLAN])
+        known = ", ".join([*(flavour.value for flavour in Flavour), INDUCTOR, NO_PLAN])
         raise UsageError(f"unknown backend {backend!r}: choose among {known}")
     chosen = None
     if targets:
@@ -92,11 +102,40 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
         elif flavour is Flavour.TENSORRT_RTX:
             targets = parse_targets(DEFAULT_TARGET)
             chosen = f"no --target and no GPU here: building for {DEFAULT_TARGET} ({targets[0].architecture})"
-    decided = BuildOptions(flavour=flavour, targets=targets, **options)
+    own = {name: value for name, value in options.items() if name != "max_autotune"}
+    decided = BuildOptions(flavour=flavour, targets=targets, **own)
     obstacle = tensorrt.can_build(targets, flavour)
     if obstacle is None:  # what is built elsewhere is checked there
         tensorrt.check_options(decided)
     return Builder(decided, targets, obstacle, chosen)
+
+
+_INDUCTOR_OPTIONS = {field.name for field in fields(InductorOptions)}
+
+
+def _choose_inductor(target: str | None, options: Mapping[str, Any]) -> Builder:
+    """A builder of packages, for the CPU where no GPU is named and none is present."""
+    foreign = [
+        name for name, value in options.items() if value and name not in (*_INDUCTOR_OPTIONS, "verbose")
+    ]
+    if foreign:
+        name = "shapes" if foreign[0] == "profiles" else foreign[0].replace("_", "-")
+        raise UsageError(f"--{name} is TensorRT's: leave it out with --backend {INDUCTOR}")
+    targets: tuple[Target, ...] = ()
+    chosen = None
+    cpu = target == CPU
+    if target is not None:
+        targets = () if cpu else parse_targets(target)
+    elif present := compute_capabilities():
+        here = target_of(present[0])
+        targets = () if here is None else (here,)
+        chosen = f"no --target: compiling for the GPU at hand, {here or '.'.join(map(str, present[0]))}"
+    else:
+        cpu = True
+        chosen = "no --target and no GPU here: compiling for this CPU"
+    own = {name: value for name, value in options.items() if name in _INDUCTOR_OPTIONS}
+    decided = InductorOptions(cpu=cpu, **own)
+    return Builder(decided, targets, inductor.cannot_compile(targets, decided), chosen)
 
 
 def _flavour_for(backend: str | None, targets: Sequence[Target]) -> Flavour:
@@ -127,20 +166,28 @@ def refuse_unsupported(targets: Iterable[Target], dtypes: Iterable[str]) -> None
 def refuse_without_profile(builder: Builder, inputs: Sequence[TensorRecord]) -> None:
     """Refuse a plan for a graph with dynamic inputs that have no shape profile, and profiles for no input.
 
+    A package takes no dynamic inputs.
+
     Raises:
         UsageError: names the input.
     """
     if builder.options is None:
         return
-    profiles = {profile.name for profile in builder.options.profiles}
+    profiles = {profile.name for profile in builder.profiles}
+    takes_shapes = isinstance(builder.options, BuildOptions)
     if unknown := sorted(profiles - {record.name for record in inputs}):
         names = ", ".join(record.name for record in inputs)
         raise UsageError(f"--shapes names {unknown[0]!r}, which is no input: the inputs are {names}")
     for record in inputs:
         if record.name not in profiles and not all(isinstance(dim, int) for dim in record.shape):
             raise UsageError(
-                f"input {record.name} has shape {record.shape}, which is not fixed: give --shapes "
-                f"{record.name}=MIN:OPT:MAX with sizes such as 1x3, or export the model with fixed sizes"
+                f"input {record.name} has shape {record.shape}, which is not fixed: "
+                + (
+                    f"give --shapes {record.name}=MIN:OPT:MAX with sizes such as 1x3, or "
+                    if takes_shapes
+                    else ""
+                )
+                + "export the model with fixed sizes"
             )
 
 
@@ -172,6 +219,13 @@ def engine_record(builder: Builder, *, reason: str | None = None) -> EngineRecor
             targets=targets, flavour=None, reason=reason or "asked for a folder without a plan"
         )
     options = builder.options
+    if isinstance(options, InductorOptions):
+        return EngineRecord(
+            targets=[CPU] if options.cpu else targets,
+            flavour=INDUCTOR,
+            options={"max_autotune": options.max_autotune},
+            reason=reason or builder.obstacle,
+        )
     return EngineRecord(
         targets=targets,
         flavour=options.flavour.value,
@@ -185,33 +239,39 @@ def engine_record(builder: Builder, *, reason: str | None = None) -> EngineRecor
     )
 
 
-def built(record: EngineRecord, result: BuildResult, place: str = "") -> EngineRecord:
-    """What the manifest says of the plan of a place."""
+def built(record: EngineRecord, result: BuildResult | Package, place: str = "") -> EngineRecord:
+    """What the manifest says of the plan or package of a place."""
     return record.model_copy(
         update={
-            "targets": [target.name for target in result.targets],
-            "flavour": result.flavour.value,
             "version": result.version,
-            "file": inside(place, PLAN),
+            "file": inside(place, record.product),
             "seconds": round(result.seconds, 3),
             "reason": None,
         }
     )
 
 
-def build_plan(folder: Path, plan: Path, options: BuildOptions, update: Update) -> BuildResult:
-    """Build the plan of the graph in `folder`; a failure leaves its log and a command that repeats it there.
+def build_plan(folder: Path, plan: Path, builder: Builder, update: Update) -> BuildResult | Package:
+    """Build the plan or package of the graph in `folder`; a failure leaves its log and a command that repeats it there.
 
     Raises:
         BuildError: the builder failed.
     """
+    options = builder.options
+    assert options is not None
 
     def progress(state: BuildProgress) -> None:
         update(state.step / state.steps if state.steps else None, state.phase)
 
     failure = folder / FAILED_BUILD
+    result: BuildResult | Package
     try:
-        result = tensorrt.build(folder / GRAPH, plan, options, progress=progress, reproducer_dir=failure)
+        if isinstance(options, InductorOptions):
+            result = inductor.build(
+                folder / GRAPH, plan, builder.targets, options, progress=progress, reproducer_dir=failure
+            )
+        else:
+            result = tensorrt.build(folder / GRAPH, plan, options, progress=progress, reproducer_dir=failure)
     except BuildError:
         for path in failure.glob("*"):  # so that the folder may move, to another machine too
             path.write_text(path.read_text().replace(f"{folder.absolute()}/", "../"))
@@ -229,9 +289,9 @@ def build(
     verbose: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Make the plan of an engine folder on this machine, from its graph and manifest.
+    """Make the plan or package of an engine folder on this machine, from its graph and manifest.
 
-    An old plan stays until the new one is whole. `target` and `backend` replace those of the manifest.
+    An old one stays until the new one is whole. `target` and `backend` replace those of the manifest.
 
     Raises:
         Pi05cError: it is no engine folder, its graph failed verification, or the plan cannot be built here.
@@ -248,17 +308,21 @@ def build(
             "--max-error if its error is acceptable"
         )
     known = manifest.engine
+    backend = backend or known.flavour
+    recorded = [name for name in known.targets if name != CPU or backend == INDUCTOR]
+    options = known.options if backend == known.flavour or INDUCTOR not in (backend, known.flavour) else {}
     builder = choose(
-        backend or known.flavour,
-        target or ",".join(known.targets) or None,
+        backend,
+        target or ",".join(recorded) or None,
         {
             "profiles": tuple(
                 ShapeProfile(name, *(tuple(shape) for shape in shapes))
-                for name, shapes in known.options.get("shapes", {}).items()
+                for name, shapes in options.get("shapes", {}).items()
             ),
-            "version_compatible": known.options.get("version_compatible", False),
-            "hardware_compatible": known.options.get("hardware_compatible", False),
-            "strip_weights": known.options.get("strip_weights", False),
+            "version_compatible": options.get("version_compatible", False),
+            "hardware_compatible": options.get("hardware_compatible", False),
+            "strip_weights": options.get("strip_weights", False),
+            "max_autotune": options.get("max_autotune", False),
             "time_limit_s": time_limit_s,
             "verbose": verbose,
         },
@@ -266,32 +330,35 @@ def build(
     if builder.chosen:
         progress.note(builder.chosen)
     if builder.options is None:
-        raise UsageError(f"--backend {NO_PLAN} makes no plan: name tensorrt-rtx or tensorrt")
+        raise UsageError(f"--backend {NO_PLAN} makes no plan: name tensorrt-rtx, tensorrt or {INDUCTOR}")
     if builder.obstacle is not None:
         raise Pi05cError(f"{builder.obstacle}: run this on the device, or name another --target or --backend")
     refuse_without_profile(builder, manifest.inputs)
     places = manifest.places
     for place in places:
         refuse_unsupported(builder.targets, dtypes_of(load(folder / place / GRAPH).graph))
-    partials = {place: folder / place / f".{PLAN}.new" for place in places}
+    product = engine_record(builder).product
+    partials = {place: folder / place / f".{product}.new" for place in places}
     results = {}
     try:
         for place, partial in partials.items():
             with progress.stage(f"build the engine{place and f' of {place}'}") as update:
-                results[place] = build_plan(folder / place, partial, builder.options, update)
-        plans = [inside(place, PLAN) for place in places]
+                results[place] = build_plan(folder / place, partial, builder, update)
+        plans = [inside(place, name) for place in places for name in (PLAN, PACKAGE)]
         files = {name: record for name, record in manifest.files.items() if name not in (*plans, REPORT)}
         manifest = manifest.model_copy(update={"engine": engine_record(builder), "files": files})
         for place in places:
             manifest = manifest.with_engine(place, engine_record(builder))
         write_manifest(folder, manifest)
         for place, partial in partials.items():
-            partial.replace(folder / place / PLAN)
+            partial.replace(folder / place / product)
+            for other in {PLAN, PACKAGE} - {product}:
+                (folder / place / other).unlink(missing_ok=True)
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
     for place, result in results.items():
-        files[inside(place, PLAN)] = file_record(folder / place / PLAN)
+        files[inside(place, product)] = file_record(folder / place / product)
         manifest = manifest.with_engine(place, built(engine_record(builder), result, place))
     write_report(folder, manifest)
     files[REPORT] = file_record(folder / REPORT)

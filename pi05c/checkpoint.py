@@ -21,6 +21,7 @@ import pi05c
 from pi05c.folder import (
     CHECKPOINT,
     GRAPH,
+    PACKAGE,
     PLAN,
     SAMPLES,
     TABLE,
@@ -106,7 +107,7 @@ def keep(work: Scratch, finished: Finished) -> None:
         for record in finished.rewritten
         for name in (GRAPH, f"{GRAPH}.data", TABLE)
     ]
-    names += [SAMPLES, *(inside(place, PLAN) for place in finished.built)]
+    names += [SAMPLES, *(inside(place, name) for place in finished.built for name in (PLAN, PACKAGE))]
     sizes = {name: (work.folder / name).stat().st_size for name in names if (work.folder / name).is_file()}
     about = finished.model_copy(update={"sizes": sizes}).model_dump(mode="json", exclude={"files"})
     work.keep(sizes, about)

@@ -14,7 +14,8 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from pi05c.backend.devices import device_of
-from pi05c.backend.tensorrt import trtexec_script
+from pi05c.backend.inductor import InductorOptions
+from pi05c.backend.tensorrt import BuildOptions, trtexec_script
 from pi05c.building import (
     Builder,
     build_plan,
@@ -30,7 +31,6 @@ from pi05c.extraction import Grouping, PartGraph
 from pi05c.fitting import planned_inputs
 from pi05c.folder import (
     GRAPH,
-    PLAN,
     SAMPLES,
     SCRIPT,
     Scratch,
@@ -76,7 +76,7 @@ from pi05c.thresholds import Method, parse_method
 
 _RECORDED_VERSIONS = ("pi05c", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "ml_dtypes")
 
-_DEPENDS_ON = (*_RECORDED_VERSIONS, "onnx-ir", "tensorrt", "tensorrt-rtx")
+_DEPENDS_ON = (*_RECORDED_VERSIONS, "onnx-ir", "tensorrt", "tensorrt-rtx", "torch")
 """Packages that what a compile makes depends on."""
 
 
@@ -125,14 +125,15 @@ def compile(
             themselves, mappings from input name to array, from any iterable, which go to the disk while this runs.
         calibration_method: how the ranges of what is quantized are chosen; see `pi05c.thresholds.parse_method`.
         target: GPUs to build for, `sm120,sm89`; None for the one at hand.
-        backend: `tensorrt-rtx`, `tensorrt`, `onnxruntime` for a folder without a plan, None to choose.
+        backend: `tensorrt-rtx`, `tensorrt`, `inductor`, `onnxruntime` for a folder without a plan, None to choose.
         max_error: largest relative L2 error of any output of a held-back sample; None for the limit of the
             precision that the graph has (`pi05c.precision.LIMITS`).
         cache: folder of measured ranges; None for the user's.
         fresh: forget what an earlier run of the same finished, and measure ranges again.
         options: how the run of passes is looked at.
         executor: where samples are measured, one a task; None: in this process. Ranges are the same.
-        build_options: further fields of `pi05c.backend.tensorrt.BuildOptions`.
+        build_options: further fields of `pi05c.backend.tensorrt.BuildOptions` or
+            `pi05c.backend.inductor.InductorOptions`.
 
     Raises:
         Pi05cError: the model, the samples or the request cannot be used; nothing was written.
@@ -271,7 +272,7 @@ def _prepare(
         )
     builder = choose(backend, target, build_options)
     refuse_unsupported(builder.targets, {name for step in steps for name in step.formats})
-    if grouping is not None and builder.options is not None and builder.options.profiles:
+    if grouping is not None and builder.profiles:
         raise UsageError("--shapes cannot be given with --split: parts hand over tensors of fixed sizes")
     if builder.chosen:
         progress.note(builder.chosen)
@@ -304,6 +305,13 @@ def _prepare(
     )
 
 
+_WITHOUT_EFFECT: dict[type, dict[str, Any]] = {
+    BuildOptions: {"time_limit_s": None, "verbose": False, "timing_cache": None},
+    InductorOptions: {"time_limit_s": None, "memory_limit": None},
+}
+"""Fields of builder options that do not change what is built, each as it is where nothing is asked for."""
+
+
 def _key(
     options: RunOptions,
     passes: str | None,
@@ -331,7 +339,7 @@ def _key(
             "method": str(method),
             "max_error": max_error,
             "targets": [target.name for target in builder.targets],
-            "engine": built and repr(replace(built, time_limit_s=None, verbose=False, timing_cache=None)),
+            "engine": built and repr(replace(built, **_WITHOUT_EFFECT[type(built)])),
             "obstacle": builder.obstacle,
             "versions": {name: _version(name) for name in _DEPENDS_ON},
         }
@@ -555,18 +563,21 @@ def _part_record(
 
 
 def _build(work: Scratch, output: Path, builder: Builder, finished: Finished, progress: Progress) -> Manifest:
-    """Make the plans that are not made yet, or the scripts that make them; the manifest with them."""
+    """Make the plans or packages that are not made yet, or the scripts that make plans; the manifest with them."""
     manifest = finished.manifest
     assert manifest is not None
     if builder.options is None:
         return manifest
     if builder.obstacle is not None:
-        for place in manifest.places:
-            text = trtexec_script(GRAPH, builder.targets, builder.options)
-            _write_script(work.folder / place / SCRIPT, text)
-        if manifest.parts:
-            _write_script(work.folder / SCRIPT, _all_parts_script(manifest.places))
-        progress.note(f"{builder.obstacle}: {SCRIPT} in the folder makes the plan on the device")
+        made_by = f"`pi05c build {output}` makes the package"
+        if isinstance(builder.options, BuildOptions):
+            for place in manifest.places:
+                text = trtexec_script(GRAPH, builder.targets, builder.options)
+                _write_script(work.folder / place / SCRIPT, text)
+            if manifest.parts:
+                _write_script(work.folder / SCRIPT, _all_parts_script(manifest.places))
+            made_by = f"{SCRIPT} in the folder makes the plan"
+        progress.note(f"{builder.obstacle}: {made_by} on the device")
         return manifest
     for place in manifest.places:
         if place in finished.built:
@@ -575,7 +586,7 @@ def _build(work: Scratch, output: Path, builder: Builder, finished: Finished, pr
         folder = work.folder / place
         with progress.stage(title) as update:
             try:
-                result = build_plan(folder, folder / PLAN, builder.options, update)
+                result = build_plan(folder, folder / manifest.engine_of(place).product, builder, update)
             except BuildError as error:
                 _keep(work, failed(output), manifest, "the builder failed")
                 message = str(error).replace(str(work.folder), str(failed(output)))

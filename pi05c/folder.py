@@ -29,13 +29,14 @@ MANIFEST = "manifest.json"
 
 GRAPH = "model.onnx"
 PLAN = "model.engine"
+PACKAGE = "model.pt2"
 SCRIPT = "build_engine.sh"
 SAMPLES = "samples.npz"
 REPORT = "report.html"
 TABLE = "table.onnx"
-"""The other files: the rewritten graph (its weights in `model.onnx.data`), the TensorRT plan, what makes the plan on a
-device where pi05c cannot, held-back samples with their reference, the manifest for people, and beside a denoising step
-the graph that makes its rows. Of a split engine, graph and plan lie in a subfolder a part."""
+"""The other files: the rewritten graph (its weights in `model.onnx.data`), the TensorRT plan or the package of Inductor,
+what makes the plan on a device where pi05c cannot, held-back samples with their reference, the manifest for people, and
+beside a denoising step the graph that makes its rows. Of a split engine, graph and plan lie in a subfolder a part."""
 
 FAILED_BUILD = "failed-build"
 """Subfolder with the log of a failed build and the command that repeats it."""
@@ -43,7 +44,7 @@ FAILED_BUILD = "failed-build"
 CHECKPOINT = "checkpoint.json"
 """The file in a scratch folder, or an unfinished one, that says what of it is finished."""
 
-_MADE_LATER = (PLAN, REPORT, "timing.cache", f"{PLAN}.cache")
+_MADE_LATER = (PLAN, PACKAGE, REPORT, "timing.cache", f"{PLAN}.cache")
 """What `build_engine.sh`, `pi05c build` and TensorRT-RTX at run time write into a folder that has its manifest."""
 
 _RENAME_EXCHANGE = 2
@@ -333,6 +334,7 @@ __all__ = [
     "FAILED_BUILD",
     "GRAPH",
     "MANIFEST",
+    "PACKAGE",
     "PLAN",
     "REPORT",
     "SAMPLES",

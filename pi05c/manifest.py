@@ -11,7 +11,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from pi05c.folder import CHECKPOINT, MANIFEST
+from pi05c.backend.inductor import INDUCTOR
+from pi05c.folder import CHECKPOINT, MANIFEST, PACKAGE, PLAN
 from pi05c.graph.errors import Pi05cError
 
 FORMAT: Final = 3
@@ -290,13 +291,13 @@ class VerificationRecord(_Record):
 
 
 class EngineRecord(_Record):
-    """The plan, or how it is to be built.
+    """The plan, or the package of Inductor, or how it is to be built.
 
     Attributes:
-        targets: GPUs by canonical name.
-        flavour: `tensorrt-rtx`, `tensorrt`, or None for a folder without a plan.
+        targets: GPUs by canonical name; `cpu` alone for a package that runs on the CPU.
+        flavour: `tensorrt-rtx`, `tensorrt`, `inductor`, or None for a folder without a plan.
         options: builder options beside the targets.
-        version: of the builder; None while there is no plan.
+        version: of the builder (of torch for a package); None while there is no plan.
         file: the plan; None while there is none.
         reason: why there is no plan.
     """
@@ -308,6 +309,11 @@ class EngineRecord(_Record):
     file: str | None = None
     seconds: float | None = None
     reason: str | None = None
+
+    @property
+    def product(self) -> str:
+        """The name of the file that the builder makes."""
+        return PACKAGE if self.flavour == INDUCTOR else PLAN
 
 
 class PartRecord(_Record):

@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pi05c.backend import inductor
 from pi05c.backend.gpu import compute_capabilities
+from pi05c.backend.inductor import CPU, INDUCTOR
 from pi05c.backend.signature import TensorSpec
 from pi05c.backend.targets import Flavour
 from pi05c.backend.tensorrt import installed_flavours
 from pi05c.chain import load_chain
 from pi05c.contract import Contract, vocabulary_of
-from pi05c.folder import GRAPH, PLAN
+from pi05c.folder import GRAPH
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.specialization import FixedInput
 from pi05c.inspection import spec_of_record
@@ -155,7 +157,7 @@ class HostSession:
 
 
 class DeviceSession:
-    """Engines on a GPU: buffers that are allocated once, and one CUDA graph that is captured at the first run.
+    """Engines on a device: buffers that are allocated once, and one CUDA graph that is captured at the first run.
 
     What cannot be captured runs call by call, with a warning.
     """
@@ -250,16 +252,15 @@ def choose(folder: Path, manifest: Manifest, backend: str | None = None) -> tupl
         UsageError: the backend is unknown.
         Pi05cError: the one that was asked for does not run it here.
     """
-    flavours = {flavour.value: flavour for flavour in Flavour}
-    known = [*flavours, ONNXRUNTIME]
+    known = [*(flavour.value for flavour in Flavour), INDUCTOR, ONNXRUNTIME]
     if backend is not None and backend not in known:
         raise UsageError(f"unknown backend {backend!r}: choose among {', '.join(known)}")
     if backend == ONNXRUNTIME:
         return ONNXRUNTIME, "onnxruntime was asked for"
-    obstacle = _obstacle(folder, manifest, flavours)
+    obstacle = _obstacle(folder, manifest)
     made_by = manifest.engine.flavour
     if backend is not None and made_by != backend and obstacle is None:
-        obstacle = f"the plan of {folder} was made by {made_by}, not by {backend}"
+        obstacle = f"the {manifest.engine.product} of {folder} was made by {made_by}, not by {backend}"
     if obstacle is None:
         assert made_by is not None
         return made_by, ""
@@ -268,12 +269,17 @@ def choose(folder: Path, manifest: Manifest, backend: str | None = None) -> tupl
     return ONNXRUNTIME, obstacle
 
 
-def _obstacle(folder: Path, manifest: Manifest, flavours: Mapping[str, Flavour]) -> str | None:
-    if missing := [place for place in manifest.places if not (folder / place / PLAN).is_file()]:
-        return f"{folder / missing[0]} has no {PLAN} yet"
-    if not compute_capabilities():
+def _obstacle(folder: Path, manifest: Manifest) -> str | None:
+    engine = manifest.engine
+    if missing := [place for place in manifest.places if not (folder / place / engine.product).is_file()]:
+        return f"{folder / missing[0]} has no {engine.product} yet"
+    if engine.targets != [CPU] and not compute_capabilities():
         return "this machine has no NVIDIA GPU"
-    flavour = flavours.get(manifest.engine.flavour or "")
+    if engine.flavour == INDUCTOR:
+        return (
+            None if inductor.is_installed() else f"PyTorch is not installed (pip install '{inductor.EXTRA}')"
+        )
+    flavour = next((flavour for flavour in Flavour if flavour.value == engine.flavour), None)
     if flavour is None:
         return f"{folder} was compiled without a plan"
     if flavour not in installed_flavours():
@@ -294,20 +300,37 @@ def _on_host(folder: Path, manifest: Manifest, steps: int | None) -> Policy:
 
 
 def _on_device(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> Policy:
-    from pi05c.backend.cuda import CudaDevice
-    from pi05c.backend.tensorrt_engine import TensorRTEngine
-
-    flavour = Flavour(backend)
-    device = CudaDevice()
-    parts: dict[str, Part] = {}
+    device, load_part = (
+        _inductor(folder, manifest) if backend == INDUCTOR else _tensorrt(folder, manifest, Flavour(backend))
+    )
     try:
-        for place in manifest.places:
-            parts[place] = TensorRTEngine(folder / place / PLAN, flavour, device)
+        parts = {place: load_part(place) for place in manifest.places}
         session = device_session(folder, manifest, device, parts, steps)
     except BaseException:
         device.close()
         raise
-    return Policy(_contract(manifest), _outputs(manifest), backend, "the engine on its GPU", session)
+    where = "the CPU" if manifest.engine.targets == [CPU] else "its GPU"
+    return Policy(_contract(manifest), _outputs(manifest), backend, f"the engine on {where}", session)
+
+
+def _tensorrt(folder: Path, manifest: Manifest, flavour: Flavour) -> tuple[Device, Callable[[str], Part]]:
+    """The GPU, and what loads the plan of a place there."""
+    from pi05c.backend.cuda import CudaDevice
+    from pi05c.backend.tensorrt_engine import TensorRTEngine
+
+    device = CudaDevice()
+    return device, lambda place: TensorRTEngine(folder / place / manifest.engine.product, flavour, device)
+
+
+def _inductor(folder: Path, manifest: Manifest) -> tuple[Device, Callable[[str], Part]]:
+    """The device that a folder was compiled for, and what loads the package of a place there."""
+    from pi05c.backend.inductor_engine import InductorEngine
+    from pi05c.backend.torch_device import TorchCpu, TorchCuda
+
+    device = TorchCpu() if manifest.engine.targets == [CPU] else TorchCuda()
+    return device, lambda place: InductorEngine(
+        folder / place / GRAPH, folder / place / manifest.engine.product, device
+    )
 
 
 def device_session(

@@ -11,7 +11,7 @@ from pi05c.backend.signature import TensorSpec
 from pi05c.chain import load_chain
 from pi05c.comparison import Comparison, compare
 from pi05c.fitting import refuse_unfit
-from pi05c.folder import GRAPH, PLAN, SAMPLES
+from pi05c.folder import GRAPH, SAMPLES
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load
 from pi05c.graph.runner import Array, Runner
@@ -20,11 +20,10 @@ from pi05c.inspection import spec_of_record
 from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.precision import default_limit, refuse_limit
 from pi05c.progress import Progress, Update
-from pi05c.runtime import ONNXRUNTIME, choose
+from pi05c.runtime import ONNXRUNTIME, Policy, choose
 from pi05c.runtime import load as load_policy
 from pi05c.samples import Samples, fixed_specs, input_specs, load_samples, save_samples
 
-ENGINE = "the engine on its GPU"
 SIMULATION = "its graph in onnxruntime"
 
 
@@ -44,13 +43,15 @@ class Verdict:
     Attributes:
         limit: the largest relative L2 error that passes.
         simulated: the graph in onnxruntime.
-        measured: the engine on its GPU; None where there is no GPU or no plan.
+        measured: the engine on its GPU, or its package on the CPU; None where it does not run here.
+        ran: what was measured, in a phrase.
         why_not_measured: the reason.
     """
 
     limit: float
     simulated: Comparison
     measured: Comparison | None
+    ran: str | None
     why_not_measured: str | None
 
     @property
@@ -85,7 +86,7 @@ def run(
         raise Pi05cError(f"{output} is the file of the inputs: choose another -o")
     if output.is_dir() or not output.parent.is_dir():
         raise Pi05cError(f"{output} cannot be written: name a file in a folder that exists with -o")
-    engine: Runner | None = None
+    engine: Policy | None = None
     manifest = read_manifest(path) if path.is_dir() else None
     if steps is not None and (manifest is None or not manifest.parts):
         raise UsageError(
@@ -96,14 +97,14 @@ def run(
         try:
             engine, _ = _engine(path, manifest, steps)
         except Pi05cError as error:
-            if not all((path / place / PLAN).is_file() for place in manifest.places):
+            if not all((path / place / manifest.engine.product).is_file() for place in manifest.places):
                 raise
             progress.warn(str(error))
     model = _model(path, manifest)
     specs = _input_specs(model, manifest)
     samples = load_samples([Path(inputs)], specs, fixed_specs(model))
     refuse_unfit(samples, fixed_inputs(model.metadata))
-    ran = SIMULATION if engine is None else ENGINE
+    ran = SIMULATION if engine is None else engine.ran
     with progress.stage(f"run {ran}") as update:
         results = _results(engine or _simulation(path, manifest, steps), samples, specs, update)
     save_samples(output, results)
@@ -154,12 +155,12 @@ def verify(
     engine, reason = _engine(folder, manifest)
     measured = None
     if engine is not None:
-        with progress.stage(f"run {ENGINE}") as update:
+        with progress.stage(f"run {engine.ran}") as update:
             measured = compare(reference, _results(engine, found, specs, update))
     if max_error is None:
         compiled = manifest.verification
         max_error = compiled.limit if compiled is not None else default_limit(manifest.precision)
-    return Verdict(max_error, simulated, measured, reason)
+    return Verdict(max_error, simulated, measured, None if engine is None else engine.ran, reason)
 
 
 def _results(
@@ -192,7 +193,7 @@ def _simulation(path: Path, manifest: Manifest | None, steps: int | None = None)
     return load_chain(path, manifest.places, [record.name for record in manifest.outputs], steps=steps)
 
 
-def _engine(folder: Path, manifest: Manifest, steps: int | None = None) -> tuple[Runner | None, str | None]:
+def _engine(folder: Path, manifest: Manifest, steps: int | None = None) -> tuple[Policy | None, str | None]:
     """The folder's engine, loaded, or why it does not run here."""
     chosen, obstacle = choose(folder, manifest)
     if chosen == ONNXRUNTIME:

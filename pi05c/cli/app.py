@@ -89,11 +89,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each stage with its time and memory.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Target = Annotated[
-    str | None, typer.Option(help="GPUs to build for, such as sm120,sm89 or thor; the one at hand if none.")
+    str | None,
+    typer.Option(
+        help="GPUs to build for, such as sm120,sm89 or thor; the one at hand if none; cpu for inductor."
+    ),
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(help="tensorrt-rtx, tensorrt, or onnxruntime for a folder without a plan."),
+    typer.Option(help="tensorrt-rtx, tensorrt, inductor, or onnxruntime for a folder without a plan."),
 ]
 MaxError = Annotated[
     float | None, typer.Option(help="Largest relative L2 error that passes; exit 3 beyond it.")

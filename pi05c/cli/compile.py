@@ -87,6 +87,9 @@ def compile_command(
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of kernel timings to reuse and extend (TensorRT only).")
     ] = None,
+    max_autotune: Annotated[
+        bool, typer.Option("--max-autotune", help="Time several kernels for each product (inductor only).")
+    ] = False,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the builder is ended.")
     ] = None,
@@ -178,6 +181,7 @@ def compile_command(
             hardware_compatible=hardware_compatible,
             strip_weights=strip_weights,
             timing_cache=timing_cache,
+            max_autotune=max_autotune,
             time_limit_s=time_limit,
             verbose=verbose,
         )
@@ -198,7 +202,8 @@ def build(
     folder: Annotated[Path, typer.Argument(help="An engine folder.")],
     target: Target = None,
     backend: Annotated[
-        str | None, typer.Option(help="tensorrt-rtx or tensorrt, instead of the one in the manifest.")
+        str | None,
+        typer.Option(help="tensorrt-rtx, tensorrt or inductor, instead of the one in the manifest."),
     ] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the builder is ended.")

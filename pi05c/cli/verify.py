@@ -59,13 +59,14 @@ def verify(
                 "limit": verdict.limit,
                 "simulated": verdict.simulated.as_json(),
                 "measured": None if verdict.measured is None else verdict.measured.as_json(),
+                "ran": verdict.ran,
                 "why_not_measured": verdict.why_not_measured,
             }
         )
     elif not quiet:
         show_errors("simulated in onnxruntime", verdict.simulated)
         if verdict.measured is not None:
-            show_errors("measured on the GPU", verdict.measured)
+            show_errors(f"measured: {verdict.ran}", verdict.measured)
         else:
             typer.echo(f"not measured on a GPU: {verdict.why_not_measured}")
     if not verdict.passed:

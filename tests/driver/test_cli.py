@@ -498,6 +498,8 @@ def test_run_and_verify_use_the_engine_where_it_runs(
     graph = load_runner(folder / GRAPH)
 
     class Engine:
+        ran = "the engine on its GPU"
+
         def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
             return {name: value * np.float32(1.5) for name, value in graph.run(inputs).items()}
 

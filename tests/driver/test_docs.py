@@ -19,6 +19,7 @@ from polygraphy.tools.registry import TOOL_REGISTRY
 
 import pi05c
 from pi05c import passdocs
+from pi05c.backend.inductor import INDUCTOR
 from pi05c.backend.targets import TARGETS, Flavour
 from pi05c.cli import app
 from pi05c.frontend.config import CONFIGS
@@ -144,7 +145,7 @@ def test_shown_values_exist(invocation: Invocation) -> None:
         elif option == "--config":
             assert value in CONFIGS
         elif option == "--backend":
-            assert value in {"onnxruntime", *(flavour.value for flavour in Flavour)}
+            assert value in {"onnxruntime", INDUCTOR, *(flavour.value for flavour in Flavour)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
