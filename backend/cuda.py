@@ -52,6 +52,8 @@ class CudaDevice:
         Pi05cError: there is no driver, or no such device.
     """
 
+    on_gpu = True
+
     def __init__(self, ordinal: int = 0, library: Any = None) -> None:
         try:
             self._cuda = ctypes.CDLL(LIBRARY) if library is None else library
@@ -159,6 +161,23 @@ class CudaDevice:
         self._call("cuGraphDestroy", graph)
         self._graphs.append(instance)
         return lambda: self._call("cuGraphLaunch", instance, self._stream)
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long what `work` puts on the stream takes there, by events before and behind it."""
+        events = [ctypes.c_void_p(), ctypes.c_void_p()]
+        for event in events:
+            self._call("cuEventCreate", ctypes.byref(event), 0)
+        try:
+            self._call("cuEventRecord", events[0], self._stream)
+            work()
+            self._call("cuEventRecord", events[1], self._stream)
+            self._call("cuEventSynchronize", events[1])
+            milliseconds = ctypes.c_float()
+            self._call("cuEventElapsedTime", ctypes.byref(milliseconds), *events)
+        finally:
+            for event in events:
+                self._call("cuEventDestroy_v2", event)
+        return milliseconds.value / 1e3
 
     def memory(self) -> int:
         """Bytes in use on the device, by all processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ class TorchCpu:
     """The CPU. What is captured runs again at each launch."""
 
     device = torch.device("cpu")
-    name = "the CPU"
+    name, on_gpu = "the CPU", False
 
     def activate(self) -> None:
         """Nothing to do."""
@@ -57,6 +58,12 @@ class TorchCpu:
 
         return launch
 
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long something takes."""
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
     def run(self, work: Callable[[], T]) -> T:
         """Do something."""
         with torch.no_grad():
@@ -71,6 +78,8 @@ class TorchCpu:
 
 class TorchCuda:
     """A CUDA device with a stream of its own."""
+
+    on_gpu = True
 
     def __init__(self, ordinal: int = 0) -> None:
         self.device = torch.device("cuda", ordinal)
@@ -127,6 +136,19 @@ class TorchCuda:
                 graph.replay()
 
         return launch
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long what `work` puts on the stream takes there, by events before and behind it."""
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        start.record(self._stream)
+        with torch.cuda.stream(self._stream):
+            work()
+        end.record(self._stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
     def run(self, work: Callable[[], T]) -> T:
         """Do something on the stream."""

@@ -166,6 +166,21 @@ class Pi05Config:
         """All fields as one JSON object, keys in the order of the attributes."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def from_json(cls, fields: Any) -> Pi05Config:
+        """The configuration of a parsed object that `to_json` wrote.
+
+        Raises:
+            Pi05cError: it is another.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            raise Pi05cError(
+                f"the configuration in the model's metadata is not one of pi05c's ({error.errors()[0]['msg']}): "
+                "export the model again"
+            ) from error
+
 
 SIGLIP_SO400M_14 = VisionSizes(
     width=1152, depth=27, mlp_dim=4304, num_heads=16, image_size=224, patch_size=14

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +33,20 @@ class Stage:
 
     name: str
     runner: StageRunner
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """A part by itself, as a run of the whole calls it first.
+
+    Attributes:
+        runs: how often a run calls it.
+        work: calls it once.
+    """
+
+    name: str
+    runs: int
+    work: Callable[[], Any]
 
 
 class Chain:
@@ -67,19 +83,43 @@ class Chain:
         space = self.run_all(inputs)
         return {name: space[name] for name in self._outputs}
 
-    def run_all(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; the inputs, what crosses the borders, and the outputs."""
+    def calls(self, inputs: Mapping[str, Array]) -> list[StageCall]:
+        """Run once, and give each part by itself, on what it was given first."""
+        first: dict[str, Callable[[], Any]] = {}
+        runs: Counter[str] = Counter()
+
+        def see(stage: Stage, given: dict[str, Array]) -> None:
+            first.setdefault(stage.name, partial(stage.runner.run, given))
+            runs[stage.name] += 1
+
+        self.run_all(inputs, see)
+        return [StageCall(name, runs[name], work) for name, work in first.items()]
+
+    def run_all(
+        self, inputs: Mapping[str, Array], see: Callable[[Stage, dict[str, Array]], None] | None = None
+    ) -> dict[str, Array]:
+        """Run once; the inputs, what crosses the borders, and the outputs.
+
+        Args:
+            see: called before each part, with what it is given.
+        """
         space = dict(inputs)
+
+        def run(stage: Stage, given: dict[str, Array]) -> dict[str, Array]:
+            if see is not None:
+                see(stage, given)
+            return stage.runner.run(given)
+
         for stage in self._stages:
             names = [spec.name for spec in stage.runner.inputs]
             if self._table is None or stage.name != STEP:
-                space |= stage.runner.run({name: space[name] for name in names})
+                space |= run(stage, {name: space[name] for name in names})
                 continue
             fixed = {name: space[name] for name in names if name not in (STATE, ROW)}
             x = space[self._table.state]
             for row in self._rows:
                 given = {**fixed, STATE: x, ROW: row}
-                x = stage.runner.run({name: given[name] for name in names})[NEXT_STATE]
+                x = run(stage, {name: given[name] for name in names})[NEXT_STATE]
             space[self._table.result] = x
         return space
 
@@ -118,4 +158,4 @@ def load_chain(
     return Chain(stages, outputs, table=table, steps=steps, place_row=place_row)
 
 
-__all__ = ["Chain", "Stage", "load_chain"]
+__all__ = ["Chain", "Stage", "StageCall", "load_chain"]

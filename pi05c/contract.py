@@ -31,7 +31,7 @@ class Contract:
         self.inputs = tuple(inputs)
         self._fixed = tuple(fixed)
         self._extra = tuple(TensorSpec(f.name, BOOL, f.shape) for f in fixed if f.name not in names)
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
 
     def check(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of the graph out of an observation of numpy arrays or torch tensors.
@@ -64,12 +64,12 @@ class Contract:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             kind = "NaN" if np.isnan(values).any() else "infinity"
             raise Pi05cError(f"input {name!r} holds {kind}: drop the observation")
-        if values.dtype.kind == "i" and values.size and self._vocabulary is not None:
+        if values.dtype.kind == "i" and values.size and self.vocabulary is not None:
             low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= self._vocabulary:
+            if low < 0 or high >= self.vocabulary:
                 wrong = low if low < 0 else high
                 raise Pi05cError(
-                    f"input {name!r} holds {wrong}, but token ids go from 0 to {self._vocabulary - 1}: use the "
+                    f"input {name!r} holds {wrong}, but token ids go from 0 to {self.vocabulary - 1}: use the "
                     "tokenizer of the checkpoint"
                 )
 

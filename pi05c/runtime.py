@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from pi05c.backend.inductor import CPU, INDUCTOR
 from pi05c.backend.signature import TensorSpec
 from pi05c.backend.targets import Flavour
 from pi05c.backend.tensorrt import installed_flavours
-from pi05c.chain import load_chain
+from pi05c.chain import StageCall, load_chain
 from pi05c.contract import Contract, vocabulary_of
 from pi05c.folder import GRAPH
 from pi05c.graph.errors import Pi05cError, UsageError
@@ -33,17 +35,23 @@ WARM_UP_RUNS = 3
 Work = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Puts one run on a device's stream: buffers by input name -> buffers by output name."""
 
+Calls = Callable[[Mapping[str, Any]], list[StageCall]]
+"""Runs once, and gives the parts of a run, each by itself."""
+
 
 class Device(Protocol):
     """Where buffers lie, and the one stream that everything runs on."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def on_gpu(self) -> bool: ...
     def activate(self) -> None: ...
     def allocate(self, spec: TensorSpec) -> Any: ...
     def copy_in(self, buffer: Any, value: Any) -> None: ...
     def copy_out(self, buffer: Any, like: Any = None) -> Any: ...
     def capture(self, work: Callable[[], Mapping[str, Any]]) -> Callable[[], None]: ...
+    def seconds(self, work: Callable[[], None]) -> float: ...
     def synchronize(self) -> None: ...
     def close(self) -> None: ...
 
@@ -67,6 +75,7 @@ class Policy:
         outputs: what it gives.
         backend: `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`.
         ran: one phrase on what runs where.
+        session: what runs it, for measurements.
     """
 
     def __init__(
@@ -75,11 +84,11 @@ class Policy:
         outputs: Sequence[TensorSpec],
         backend: str,
         ran: str,
-        session: _Session,
+        session: Session,
     ) -> None:
         self.inputs, self.outputs = contract.inputs, tuple(outputs)
         self.backend, self.ran = backend, ran
-        self._contract, self._session = contract, session
+        self._contract, self.session = contract, session
         self._lock = threading.Lock()
         self._closed = False
 
@@ -102,26 +111,30 @@ class Policy:
             if self._closed:
                 raise Pi05cError("the policy is closed: load it again")
             like = next((value for value in given.values() if not isinstance(value, np.ndarray)), None)
-            return self._session.run(given, like)
+            return self.session.run(given, like)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """As a call; see `pi05c.graph.runner.Runner`."""
         return self(inputs)
 
     def warm_up(self, observation: Mapping[str, Any] | None = None, runs: int = WARM_UP_RUNS) -> None:
-        """Run some times, on zeros with open masks where no observation is given, so that the next call is fast."""
-        if observation is None:
-            observation = {spec.name: _open_array(spec) for spec in self.inputs}
-            observation |= self._contract.fixed_values()
+        """Run some times, on a made-up observation where none is given, so that the next call is fast."""
+        observation = self.made_up() if observation is None else observation
         for _ in range(runs):
             self(observation)
+
+    def made_up(self, seed: int = 0) -> dict[str, Any]:
+        """An observation that a call takes: floats in [-1, 1] and token ids by chance, every mask open."""
+        generator = np.random.default_rng(seed)
+        values = {spec.name: _by_chance(spec, generator, self._contract.vocabulary) for spec in self.inputs}
+        return values | self._contract.fixed_values()
 
     def close(self) -> None:
         """Free what it holds on the GPU; a second time does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._session.close()
+                self.session.close()
 
     def __enter__(self) -> Policy:
         return self
@@ -132,50 +145,120 @@ class Policy:
         self.close()
 
 
-class _Session(Protocol):
+class Session(Protocol):
+    """What runs a policy: inputs that are placed once may be run many times."""
+
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def on_gpu(self) -> bool: ...
     def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]: ...
+    def place(self, inputs: Mapping[str, Any]) -> None: ...
+    def launch(self) -> None: ...
+    def seconds(self, work: Callable[[], None]) -> float: ...
+    def stages(self) -> list[StageCall]: ...
     def close(self) -> None: ...
 
 
 class HostSession:
-    """The graph in onnxruntime."""
+    """The graph, or the graphs of a chain, in onnxruntime."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    device_name, on_gpu = "the CPU", False
+
+    def __init__(self, work: Work, calls: Calls | None = None) -> None:
+        self._work, self._calls = work, calls
+        self._arrays: dict[str, Any] = {}
 
     def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]:
-        arrays = {name: _to_numpy(value) for name, value in inputs.items()}
-        results = self._work(arrays)
+        self.place(inputs)
+        results = self._work(self._arrays)
         if like is None:
             return results
         import torch
 
         return {name: torch.from_numpy(value).to(like.device) for name, value in results.items()}
 
+    def place(self, inputs: Mapping[str, Any]) -> None:
+        """Take the inputs of the runs that follow."""
+        self._arrays = {name: _to_numpy(value) for name, value in inputs.items()}
+
+    def launch(self) -> None:
+        """Run once."""
+        self._work(self._arrays)
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long something takes."""
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def stages(self) -> list[StageCall]:
+        """The parts of a chain, each by itself; none of a single graph."""
+        return [] if self._calls is None else self._calls(self._arrays)
+
     def close(self) -> None:
-        pass
+        """Nothing to give back."""
 
 
 class DeviceSession:
     """Engines on a device: buffers that are allocated once, and one CUDA graph that is captured at the first run.
 
     What cannot be captured runs call by call, with a warning.
+
+    Args:
+        calls: gives the parts of `work`, each by itself.
+        capture: False to launch each call anew.
     """
 
     def __init__(
-        self, device: Device, parts: Sequence[Part], work: Work, inputs: Sequence[TensorSpec]
+        self,
+        device: Device,
+        parts: Sequence[Part],
+        work: Work,
+        inputs: Sequence[TensorSpec],
+        calls: Calls | None = None,
+        *,
+        capture: bool = True,
     ) -> None:
         self._device, self._parts, self._work = device, list(parts), work
+        self._calls, self._capture = calls, capture
+        self.device_name, self.on_gpu = device.name, device.on_gpu
         self._buffers = {spec.name: device.allocate(spec) for spec in inputs}
         self._results: dict[str, Any] = {}
         self._replay: Callable[[], None] | None = None
 
     def run(self, inputs: Mapping[str, Any], like: Any) -> dict[str, Any]:
+        self.place(inputs)
+        self.launch()
+        return {name: self._device.copy_out(buffer, like) for name, buffer in self._results.items()}
+
+    def place(self, inputs: Mapping[str, Any]) -> None:
+        """Copy the inputs of the runs that follow to the device."""
         self._device.activate()
         for name, value in inputs.items():
             self._device.copy_in(self._buffers[name], value)
-        self.launch()
-        return {name: self._device.copy_out(buffer, like) for name, buffer in self._results.items()}
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long what `work` puts on the stream takes there, by events before and behind it."""
+        self._device.activate()
+        return self._device.seconds(work)
+
+    def stages(self) -> list[StageCall]:
+        """The parts of a chain, each by itself, captured if the whole is; none of a single engine."""
+        if self._calls is None:
+            return []
+        self._begin()
+        calls = self._calls(self._buffers)
+        self._device.synchronize()
+        return [replace(call, work=self._stage(call)) for call in calls]
+
+    def _stage(self, call: StageCall) -> Callable[[], None]:
+        def work() -> dict[str, Any]:
+            self._begin()
+            call.work()
+            return {}
+
+        return self._captured(work)
 
     def launch(self) -> None:
         """Put one run on the stream, from the inputs of the last one."""
@@ -188,21 +271,29 @@ class DeviceSession:
         """Run once as it is, so that everything lazy is done, and capture the second run."""
         self._enqueue()
         self._device.synchronize()
-        try:
-            self._replay = self._device.capture(self._enqueue)
-        except (Pi05cError, RuntimeError) as error:
-            warnings.warn(f"no CUDA graph, so each call is launched anew: {error}", stacklevel=5)
-            self._replay = self._launch_each
+        self._replay = self._captured(self._enqueue)
         for part in self._parts:
             part.save_cache()
         self._replay()
 
-    def _launch_each(self) -> None:
-        self._enqueue()
+    def _captured(self, work: Callable[[], dict[str, Any]]) -> Callable[[], None]:
+        if self._capture:
+            try:
+                return self._device.capture(work)
+            except (Pi05cError, RuntimeError) as error:
+                warnings.warn(f"no CUDA graph, so each call is launched anew: {error}", stacklevel=6)
 
-    def _enqueue(self) -> dict[str, Any]:
+        def launch() -> None:
+            work()
+
+        return launch
+
+    def _begin(self) -> None:
         for part in self._parts:
             part.begin()
+
+    def _enqueue(self) -> dict[str, Any]:
+        self._begin()
         self._results = self._work(self._buffers)
         return self._results
 
@@ -290,13 +381,18 @@ def _obstacle(folder: Path, manifest: Manifest) -> str | None:
 def _on_host(folder: Path, manifest: Manifest, steps: int | None) -> Policy:
     contract = _contract(manifest)
     names = [record.name for record in manifest.outputs]
+    calls = None
     if manifest.parts:
-        work: Work = load_chain(folder, manifest.places, names, steps=steps).run
+        chain = load_chain(folder, manifest.places, names, steps=steps)
+        work: Work = chain.run
+        calls = chain.calls
     else:
         from pi05c.backend.onnxruntime import load_runner
 
         work = load_runner(folder / GRAPH).run
-    return Policy(contract, _outputs(manifest), ONNXRUNTIME, "its graph in onnxruntime", HostSession(work))
+    return Policy(
+        contract, _outputs(manifest), ONNXRUNTIME, "its graph in onnxruntime", HostSession(work, calls)
+    )
 
 
 def _on_device(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> Policy:
@@ -351,7 +447,7 @@ def device_session(
     chain = load_chain(
         folder, manifest.places, names, steps=steps, load=parts.__getitem__, place_row=place_row
     )
-    return DeviceSession(device, list(parts.values()), chain.run, inputs)
+    return DeviceSession(device, list(parts.values()), chain.run, inputs, chain.calls)
 
 
 def _contract(manifest: Manifest) -> Contract:
@@ -368,9 +464,13 @@ def _outputs(manifest: Manifest) -> list[TensorSpec]:
     return [spec_of_record(record) for record in manifest.outputs]
 
 
-def _open_array(spec: TensorSpec) -> Any:
+def _by_chance(spec: TensorSpec, generator: np.random.Generator, vocabulary: int | None) -> Any:
     shape = [int(dim) if isinstance(dim, int) else 1 for dim in spec.shape]
-    return np.ones(shape, spec.dtype) if spec.dtype.kind == "b" else np.zeros(shape, spec.dtype)
+    if spec.dtype.kind == "b":
+        return np.ones(shape, spec.dtype)
+    if spec.dtype.kind in "iu":
+        return generator.integers(0, vocabulary or 1, shape).astype(spec.dtype)
+    return generator.uniform(-1, 1, shape).astype(spec.dtype)
 
 
 def _to_numpy(value: Any) -> Any:

@@ -18,6 +18,7 @@ _COMMANDS = (
     "inspect",
     "explain",
     "cost",
+    "bench",
     "diff",
     "bisect",
     "golden",

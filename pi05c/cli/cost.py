@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pi05c.cli.app import Debug, Json, Plugin, Quiet, Verbose, app
-from pi05c.cli.output import console, make_progress, print_json
+from pi05c.cli.output import FILE_WIDTH, console, make_progress, print_json
 from pi05c.graph.errors import UsageError
-
-_FILE_WIDTH = 200
-"""Columns of a table that goes to a file or a pipe, where nothing need be cut off."""
 
 if TYPE_CHECKING:
     from pi05c.backend.devices import Device
@@ -167,7 +164,7 @@ def _changes(before: Cost, after: Cost) -> list[str]:
 
 
 def _print(table: Any, device: Device | None) -> None:
-    screen = console(_FILE_WIDTH)
+    screen = console(FILE_WIDTH)
     screen.print(table)
     if device is not None:
         screen.print(

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from pi05c.progress import Progress
 
 
+FILE_WIDTH = 200
+"""Columns of a table that goes to a file or a pipe, where nothing need be cut off."""
+
+
 def show_precision(records: Sequence[PrecisionRecord]) -> None:
     from rich.table import Table
 

@@ -53,6 +53,9 @@ class Driver:
         pointer._obj.value = ctypes.addressof(block)
         self.memory[pointer._obj.value] = block
 
+    def _cuEventElapsedTime(self, milliseconds: Any, start: Any, end: Any) -> None:  # noqa: N802
+        milliseconds._obj.value = 2.5
+
     def _cuMemFree_v2(self, pointer: Any) -> None:  # noqa: N802
         del self.memory[pointer.value]
 
@@ -188,6 +191,14 @@ def test_a_captured_graph_is_launched_on_the_stream(device: CudaDevice, driver: 
     driver.refused = "cuGraphLaunch"
     with pytest.raises(Pi05cError, match="refused cuGraphLaunch: out of memory"):
         launch()
+
+
+def test_work_is_timed_by_events_around_it(device: CudaDevice, driver: Driver) -> None:
+    driver.calls.clear()
+    assert device.seconds(lambda: driver.calls.append("work")) == 0.0025
+    recorded = [name for name in driver.calls if name in ("cuEventRecord", "work", "cuEventSynchronize")]
+    assert recorded == ["cuEventRecord", "work", "cuEventRecord", "cuEventSynchronize"]
+    assert driver.calls.count("cuEventCreate") == driver.calls.count("cuEventDestroy_v2") == 2
 
 
 @pytest.mark.skipif(not compute_capabilities(), reason="this machine has no NVIDIA GPU")

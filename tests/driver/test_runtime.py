@@ -56,7 +56,7 @@ def load_on_host(folder: Path, **options: Any) -> Policy:
 class HostDevice:
     """A device that is the host: work that is captured runs at once and again at each launch."""
 
-    name = "host"
+    name, on_gpu = "host", False
 
     def __init__(self, captures: bool = True) -> None:
         self.captures, self.captured, self.launched, self.closed = captures, 0, 0, False
@@ -82,6 +82,10 @@ class HostDevice:
             work()
 
         return launch
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        work()
+        return 1.0
 
     def synchronize(self) -> None: ...
 

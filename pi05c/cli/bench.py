@@ -1,0 +1,141 @@
+"""`pi05c bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pi05c.cli.app import Backend, Debug, Json, Quiet, Verbose, app
+from pi05c.cli.output import FILE_WIDTH, console, make_progress, print_json
+from pi05c.graph.errors import Pi05cError, UsageError
+
+if TYPE_CHECKING:
+    from pi05c.benchmark import Benchmark
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Engine folders or ONNX files, any number.")],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="torch-eager or torch-compile: the plain model beside them, as often as wanted."),
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compile the ONNX files by these passes first; as often as wanted, each is measured."
+        ),
+    ] = None,
+    backend: Backend = None,
+    split: Annotated[
+        str | None, typer.Option(help="Compile into one engine a part, as pi05c compile does.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="views=1,2,3 (or batch, prompt-length, horizon, steps): models of these sizes with random weights."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps, of folders whose step is an engine of its own.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each configuration.")] = 50,
+    warm_up: Annotated[int, typer.Option(help="Runs before them.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of observations and random weights.")] = 0,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help="FILE.json or FILE.html (with plots) to write; both may be given."
+        ),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Time policies: latency, throughput, memory and cold start, by part where split."""
+    from pi05c.benchmark import Request, bench, parse_sweep
+    from pi05c.benchreport import write_benchmark
+
+    _check_outputs(output or ())
+    found = bench(
+        Request(
+            paths=paths,
+            baselines=baseline or (),
+            passes=passes or (),
+            backend=backend,
+            split=split,
+            sweeps=dict(parse_sweep(text) for text in sweep or ()),
+            steps=steps,
+            runs=runs,
+            warm_up=warm_up,
+            seed=seed,
+        ),
+        make_progress(quiet, verbose),
+    )
+    for path in output or ():
+        if path.suffix == ".json":
+            path.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        else:
+            write_benchmark(path, found)
+    if json_:
+        print_json(found.model_dump(mode="json"))
+    elif not quiet:
+        _show(found)
+
+
+def _check_outputs(paths: list[Path] | tuple[()]) -> None:
+    """Refuse what cannot be written, before anything is measured."""
+    for path in paths:
+        if path.suffix not in (".json", ".html"):
+            raise UsageError(f"--output {path} must end in .json or .html")
+        if path.is_dir() or not path.parent.is_dir():
+            raise Pi05cError(f"{path} cannot be written: name a file in a folder that exists with -o")
+
+
+def _show(found: Benchmark) -> None:
+    from rich.table import Table
+
+    screen = console(FILE_WIDTH)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("configuration")
+    table.add_column("what ran")
+    for title in ("median ms", "p95", "p99", "call ms", "per second", "memory GB", "cold start s"):
+        table.add_column(title, justify="right")
+    for item in found.configurations:
+        latency = item.latency
+        table.add_row(
+            item.name,
+            item.ran,
+            *(f"{value:.2f}" for value in (latency.median_ms, latency.p95_ms, latency.p99_ms)),
+            f"{item.call.median_ms:.2f}",
+            f"{item.throughput:.2f}",
+            "" if item.memory is None else f"{item.memory / 1e9:.2f}",
+            f"{item.cold_start_s:.2f}",
+        )
+    screen.print(table)
+    if any(item.parts for item in found.configurations):
+        parts = Table(box=None, padding=(0, 2, 0, 0))
+        parts.add_column("configuration")
+        parts.add_column("part")
+        for title in ("calls", "median ms of one", "p95", "median ms of all"):
+            parts.add_column(title, justify="right")
+        for item in found.configurations:
+            for part in item.parts:
+                one = part.call
+                parts.add_row(
+                    item.name,
+                    part.name,
+                    str(part.runs),
+                    f"{one.median_ms:.3f}",
+                    f"{one.p95_ms:.3f}",
+                    f"{one.median_ms * part.runs:.2f}",
+                )
+        screen.print()
+        screen.print(parts)
+    on_cpu = [item.name for item in found.configurations if not item.on_gpu]
+    if on_cpu:
+        screen.print(f"\non the CPU, by the clock of the host: {'; '.join(on_cpu)}", markup=False)
+    screen.print(f"{found.gpu or 'no GPU'}, {found.cpu}", markup=False)
