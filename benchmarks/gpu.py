@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,8 @@ class Measurement:
 
     def compile_baseline(self) -> None:
         """Prefix and denoising step of the plain model in BF16, each compiled as one function."""
+        from pi05c.frontend.plain import half_precision
+
         torch = self.torch
         policy = half_precision(self.plain)
 
@@ -295,43 +297,6 @@ class Measurement:
             if path.exists():
                 found[pipeline] = self.error(self.torch.from_numpy(np.load(path)))
         return found
-
-
-def half_precision(policy: Any) -> Any:
-    """The plain policy computing in BF16: its functions on tensors cast there, state and time in float32."""
-    import torch
-    import torch.nn.functional as F  # noqa: N812
-
-    from pi05c.frontend import model
-
-    def half(items: Sequence[Any]) -> list[Any]:
-        return [item.to(torch.bfloat16) for item in items]
-
-    class Embedding(model.Embedding):
-        def forward(self, tokens: Any) -> Any:
-            return F.embedding(tokens, self.weight)
-
-    class LanguageModel(model.LanguageModel):
-        def forward(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
-            return super().forward(x, *half([cos, sin, mask]))
-
-    class Policy(model.Pi05):
-        def embed_images(self, images: Any) -> Any:
-            return super().embed_images(images.to(torch.bfloat16))
-
-        def read_prefix(self, *arguments: Any) -> Any:
-            cache, suffix = super().read_prefix(*arguments)
-            return cache, model.Suffix(*half(suffix))
-
-        def time_condition(self, time: Any) -> Any:
-            return super().time_condition(time).to(torch.bfloat16)
-
-        def velocity(self, x: Any, *arguments: Any) -> Any:
-            return super().velocity(x.to(torch.bfloat16), *arguments).to(torch.float32)
-
-    language = policy.paligemma_with_expert.paligemma.model.language_model
-    language.__class__, language.embed_tokens.__class__, policy.__class__ = LanguageModel, Embedding, Policy
-    return policy
 
 
 def measure(out: Path, folder: Path, config: str, device: str) -> None:
