@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -181,10 +182,23 @@ def run(
             asked = True
             needed = wanted(model, steps[index:])
             ranges = calibrate(model, needed) if calibrate is not None and needed.tensors else None
-        results.append(_run_step(model, step, ranges, dry))
+        with _without_collection():
+            results.append(_run_step(model, step, ranges, dry))
         if after_step is not None:
             after_step(model, results[-1])
     return results
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles: a graph is one large one that is in use, walked again and again as it grows."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> StepResult:

@@ -126,10 +126,22 @@ def detach(node: gs.Node) -> None:
     """Clear a node's inputs and outputs, and those inside its subgraphs; the caller takes it off the node list."""
     for subgraph in scopes_of(node):
         for inner in subgraph.nodes:
-            inner.inputs.clear()
-            inner.outputs.clear()
-    node.inputs.clear()
-    node.outputs.clear()
+            _unlink(inner)
+    _unlink(node)
+
+
+def _unlink(node: gs.Node) -> None:
+    """Clear a node's inputs and outputs.
+
+    onnx-graphsurgeon would compare nodes by what they hold, from the first reader of a tensor on, of which a shared
+    constant has thousands.
+    """
+    for tensors, back in ((node.inputs, "outputs"), (node.outputs, "inputs")):
+        for tensor in tensors:
+            nodes = getattr(tensor, back)
+            last = next(index for index in range(len(nodes) - 1, -1, -1) if nodes[index] is node)
+            list.pop(nodes, last)
+        list.clear(tensors)
 
 
 def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
