@@ -60,7 +60,7 @@ def calibrated(path: Path, count: int, method: str, passes: str) -> dict[str, fl
         start = time.perf_counter()
         found["passes"] = start - before
         done = [start]
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             measure_ranges(
                 model,
                 wanted.tensors,

@@ -6,10 +6,12 @@ are the same wherever and beside however many others each one ran.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ R = TypeVar("R")
 
 ATTEMPTS = 3
 """So often in a row may processes die without any task being finished."""
+
+MOST_WAITING = 256
+"""So many tasks at most are handed to an executor before the first of them is done."""
 
 DASK_SECONDS = 10.0
 """How long a Dask scheduler may take to answer."""
@@ -74,9 +79,14 @@ def run_tasks(
     if executor is None:
         yield from map(function, tasks)
         return
-    waiting = deque((task, _submitted(executor, function, task)) for task in tasks)
+    ahead = iter(tasks)
+    waiting: deque[tuple[T, Future[R]]] = deque()
     try:
-        while waiting:
+        while True:
+            for task in itertools.islice(ahead, MOST_WAITING - len(waiting)):
+                waiting.append((task, _submitted(executor, function, task)))
+            if not waiting:
+                return
             task, future = waiting.popleft()
             try:
                 result = future.result()
@@ -116,16 +126,33 @@ class LocalProcesses(Executor):
         self._lock = threading.Lock()
         self._pool = self._started()
         self._died = 0
+        self._unfinished: set[Future[Any]] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As `Executor.submit`; fails with a Pi05cError where processes keep dying."""
         call = _Call(Future(), fn, args, kwargs)
+        self._unfinished.add(call.result)
+        call.result.add_done_callback(self._unfinished.discard)
         self._run(call)
         return call.result
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As `Executor.shutdown`."""
-        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+        """As `Executor.shutdown`. Processes without work are ended, not asked to end.
+
+        One that died while it waited for work leaves the queue locked, and the others would wait for ever.
+        """
+        workers = self._workers()
+        if cancel_futures:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        if wait:
+            futures.wait(list(self._unfinished))
+            workers = self._workers() or workers
+        self._pool.shutdown(wait=False)
+        for worker in workers if wait else ():
+            worker.terminate()
+
+    def _workers(self) -> list[multiprocessing.process.BaseProcess]:
+        return list((self._pool._processes or {}).values())
 
     def _started(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._jobs, multiprocessing.get_context("spawn"))
@@ -161,8 +188,8 @@ class LocalProcesses(Executor):
             if pool is self._pool and self._died < ATTEMPTS:
                 self._died += 1
                 self._pool = self._started()
-            ended = pool is self._pool
-        if not ended:
+            renewed = pool is not self._pool
+        if renewed:
             self._run(call)
         elif call.result.set_running_or_notify_cancel():
             failure = Pi05cError(

@@ -8,10 +8,10 @@ evaluated once, into a scratch file that is mapped.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import tempfile
+import uuid
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +78,7 @@ class ProbedGraph:
     Attributes:
         reductions: what it gives.
         probes: the numbers of each tensor.
-        key: hash of the graph.
+        key: its own; the same graph on the same path may have other weights the next time.
         threads: of each operator. The order in which a sum is made hangs on it, and with it the last bit.
     """
 
@@ -128,7 +128,7 @@ class ProbedGraph:
             graph = cls(
                 added,
                 probes,
-                hashlib.sha256(packed).hexdigest(),
+                uuid.uuid4().hex,
                 threads or processors(),
                 packed,
                 base,

@@ -749,6 +749,21 @@ def test_a_process_that_dies_while_it_calibrates_loses_no_sample(tmp_path: Path)
     assert spread.rows["y"].load().tobytes() == alone.rows["y"].load().tobytes()
 
 
+def test_workers_that_live_on_see_the_weights_of_the_next_model(tmp_path: Path) -> None:
+    """Another model of the same graph takes the place of the first, which the workers still have loaded."""
+    samples = samples_of(random(0, 2, 6, WIDTH))
+    highs = []
+    with LocalProcesses(1) as process:
+        for factor in (1, 2):
+            model = rows_model()
+            for constant in {id(t): t for t in _constants(model) if t.name == "w"}.values():
+                constant._values = InMemory(np.float32(factor) * constant._values.load())
+            save(model, tmp_path / "model.onnx")
+            loaded = load(tmp_path / "model.onnx")
+            highs.append(measure_ranges(loaded, ["y"], samples, executor=process).high["y"])
+    assert highs[1] == 2 * highs[0]
+
+
 def test_nan_is_found_whoever_runs_the_samples() -> None:
     arrays = [random(seed, 3, WIDTH) for seed in range(3)]
     arrays[1][0, 0] = np.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_results_come_in_the_order_of_the_tasks(kind: type[Any]) -> None:
         assert list(run_tasks(square, range(20), executor)) == [number**2 for number in range(20)]
 
 
+def test_tasks_are_handed_over_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi05c.executors.MOST_WAITING", 4)
+    taken: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as executor:
+        results = run_tasks(square, tasks(), executor)
+        assert [next(results), next(results)] == [0, 1]
+        assert len(taken) <= 6
+        assert list(results) == [number**2 for number in range(2, 20)]
+
+
 def test_jobs_are_processes_of_their_own() -> None:
     with executor_for(jobs=2) as executor:
         assert os.getpid() not in run_tasks(where, range(4), executor)
@@ -85,6 +102,14 @@ def test_a_local_process_that_dies_loses_no_task(tmp_path: Path) -> None:
         tasks = [(tmp_path / "died", number) for number in range(8)]
         assert list(run_tasks(die_once, tasks, executor)) == list(range(8))
     assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_local_process_that_dies_without_work_stops_nobody(again: bool) -> None:
+    with LocalProcesses(2) as executor:
+        assert list(run_tasks(square, range(8), executor)) == [number**2 for number in range(8)]
+        os.kill(executor._workers()[0].pid or 0, signal.SIGKILL)
+        assert not again or list(run_tasks(square, range(8), executor)) == [number**2 for number in range(8)]
 
 
 def test_processes_that_keep_dying_are_an_error() -> None:
