@@ -26,6 +26,7 @@ from pi05c.backend.fp4 import Fp4Lowering, shape_of, uses_fp4
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.sort import sort_proto
+from pi05c.graph.spelling import spell_as_onnx
 
 _FLOW = frozenset({"Cast", "CastLike", "Constant", "Identity", "If", "Loop", "Scan", "Shape", "Size"})
 _MOVES = frozenset(
@@ -88,12 +89,13 @@ def lower(model: onnx.ModelProto) -> Lowered:
     """
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    respelled = spell_as_onnx(model)
     for graph in graphs_in(model.graph):
         sort_proto(graph)
     model = _with_types(model)
     fp4 = uses_fp4(list(graphs_in(model.graph)))
     lowering = _Lowering(_without_fp4(model) if fp4 else model)
-    lowering.result.changed = fp4
+    lowering.result.changed = fp4 or respelled
     lowering.run()
     return lowering.result if lowering.result.changed else Lowered(model)
 

@@ -32,6 +32,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from pi05c.graph.dtypes import bits, to_numpy
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.sort import scopes, sort_proto
+from pi05c.graph.spelling import spell_as_onnx
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -102,6 +103,7 @@ def model_from_proto(
     Raises:
         Pi05cError: as `load`; or two tensors of one graph share a name.
     """
+    spell_as_onnx(proto)
     for graph in _graphs(proto.graph):
         sort_proto(graph)
         _refuse_duplicates(graph)
