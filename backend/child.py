@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pi05c
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 
 EVENT = "@pi05c "
 """What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
@@ -142,9 +142,7 @@ def run_child(
         )
     except OSError as error:
         request_path.unlink(missing_ok=True)
-        raise Pi05cError(
-            f"the builder cannot be started in {partial.parent}: {error.strerror or error}"
-        ) from error
+        raise Pi05cError(f"the builder cannot be started in {partial.parent}: {unwritable(error)}") from error
 
     watch = threading.Thread(target=_watch, args=(process, run, time_limit_s, memory_limit), daemon=True)
     try:

@@ -15,7 +15,7 @@ this changes no bit. FP4, which it lacks altogether, is spelled out first (see `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx
@@ -27,6 +27,7 @@ from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.sort import sort_proto
 from pi05c.graph.spelling import spell_as_onnx
+from pi05c.graph.walk import bodies_of, graphs_in
 
 _FLOW = frozenset({"Cast", "CastLike", "Constant", "Identity", "If", "Loop", "Scan", "Shape", "Size"})
 _MOVES = frozenset(
@@ -256,20 +257,4 @@ def _names(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every subgraph inside it, outer before inner."""
-    yield graph
-    for node in graph.node:
-        for body in bodies_of(node):
-            yield from graphs_in(body)
-
-
-def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The subgraphs that a node holds, not those inside them."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-__all__ = ["Lowered", "bodies_of", "graphs_in", "lower"]
+__all__ = ["Lowered", "lower"]

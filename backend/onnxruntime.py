@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError
 
-from pi05c.backend.lowering import bodies_of, graphs_in, lower
+from pi05c.backend.lowering import lower
 from pi05c.backend.signature import check_inputs, inputs_of, spec_of
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import sort_proto
+from pi05c.graph.walk import bodies_of, graphs_in
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
@@ -62,12 +63,7 @@ class OnnxRuntimeRunner:
         Raises:
             Pi05cError: no model there, an output that it does not have, an operator that onnxruntime cannot run.
         """
-        try:
-            proto = onnx.load(path, load_external_data=False)
-        except OSError as error:
-            raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
-        except DecodeError as error:
-            raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
+        proto = read_proto(path)
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         if edit is not None:
             edit(proto)

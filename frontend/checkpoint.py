@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from pi05c.frontend.config import Pi05Config, parse_config, read_json
 from pi05c.frontend.model import parameter_shapes
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, shortened
 from pi05c.graph.weights import Stored, Weight
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -143,15 +144,32 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        for entry in header.values():
-            begin, end = entry["data_offsets"]
-            if not (0 <= begin <= end and all(dim >= 0 for dim in entry["shape"]) and entry["dtype"]):
-                raise ValueError("a tensor has a negative size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in header.items():
+            _check_entry(name, entry)
+        _refuse_overlaps(header)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Pi05cError(
             f"{path} is not a safetensors file, or is truncated: fetch it again ({error})"
         ) from error
     return header, 8 + length
+
+
+def _check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Hold one tensor of a header against the format: dtype, shape, and where its bytes begin and end."""
+    begin, end = entry["data_offsets"]
+    sizes = [begin, end, *entry["shape"]]
+    if not isinstance(entry["dtype"], str) or not all(type(size) is int for size in sizes):
+        raise ValueError(f"tensor {shortened(name)} is declared by other things than numbers")
+    if begin > end or min(sizes) < 0:
+        raise ValueError(f"tensor {shortened(name)} has a negative size")
+
+
+def _refuse_overlaps(header: Mapping[str, Mapping[str, Any]]) -> None:
+    """The format does not allow tensors to share bytes."""
+    ranges = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for (_, end, one), (begin, _, other) in pairwise(each for each in ranges if each[0] < each[1]):
+        if begin < end:
+            raise ValueError(f"tensors {shortened(one)} and {shortened(other)} overlap")
 
 
 def read_safetensors(files: Iterable[Path]) -> dict[str, Weight]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError, unreadable
 
 DEFAULT_PROMPT_LENGTH = 200
 """openpi's `max_token_len` and LeRobot's `tokenizer_max_length` for pi0.5."""
@@ -31,6 +31,12 @@ DEFAULT_ACTION_DIM = 32
 
 DEFAULT_VIEWS = 3
 """One base camera and two wrist cameras."""
+
+MAX_SIZE = 2**20
+"""The largest size that a configuration may state: four times Gemma's vocabulary, far beyond anything that is built."""
+
+MAX_DEPTH, MAX_VIEWS = 1000, 64
+"""The same for layers and cameras, of which each takes a part of the graph."""
 
 TIME_MIN_PERIOD = 4e-3
 TIME_MAX_PERIOD = 4.0
@@ -93,6 +99,14 @@ class Architecture:
                     all(value > 0 for part in asdict(self).values() for value in part.values()),
                     "every size must be positive",
                 ),
+                (
+                    all(value <= MAX_SIZE for part in asdict(self).values() for value in part.values()),
+                    f"no size may be beyond {MAX_SIZE}",
+                ),
+                (
+                    max(self.vision.depth, self.llm.depth) <= MAX_DEPTH,
+                    f"there may be no more than {MAX_DEPTH} layers",
+                ),
                 (self.llm.depth == self.expert.depth, "llm and expert differ in depth"),
                 (self.llm.num_kv_heads == self.expert.num_kv_heads, "llm and expert differ in num_kv_heads"),
                 (self.llm.head_dim == self.expert.head_dim, "llm and expert differ in head_dim"),
@@ -148,9 +162,14 @@ class Pi05Config:
 
     def __post_init__(self) -> None:
         for field in ("action_dim", "horizon", "prompt_length", "views", "steps", "batch"):
+            largest = {"views": MAX_VIEWS, "steps": MAX_DEPTH}.get(field, MAX_SIZE)
             if getattr(self, field) < 1:
                 raise UsageError(
                     f"{field.replace('_', ' ')} is {getattr(self, field)}: it must be at least 1"
+                )
+            if getattr(self, field) > largest:
+                raise UsageError(
+                    f"{field.replace('_', ' ')} is {getattr(self, field)}: it must be at most {largest}"
                 )
 
     @property
@@ -250,8 +269,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise Pi05cError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise Pi05cError(f"{path} must hold a JSON object, not a {type(parsed).__name__}")
@@ -285,7 +304,7 @@ def parse_config(fields: Mapping[str, Any], name: str, defaults: Pi05Config | No
     architecture = _architecture(fields, name, base)
     size = architecture.vision.image_size
     resolution = fields.get("image_resolution", [size, size])
-    if list(resolution) != [size, size]:
+    if not isinstance(resolution, list) or resolution != [size, size]:
         raise Pi05cError(
             f"the configuration of {name} feeds images of {resolution}, but its image encoder takes {size} x {size}"
         )
@@ -323,8 +342,17 @@ def camera_names(fields: Mapping[str, Any]) -> list[str]:
     """
     prefix = "observation.images."
     features = fields.get("input_features") or {}
+    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
+        raise Pi05cError(
+            "input_features in the configuration is no object of objects: fetch the checkpoint again"
+        )
+    count = fields.get("empty_cameras") or 0
+    if type(count) is not int or not 0 <= count <= MAX_VIEWS:
+        raise Pi05cError(
+            f"empty_cameras in the configuration is {count!r}: it must be a number from 0 to {MAX_VIEWS}"
+        )
     names = [key.removeprefix(prefix) for key, feature in features.items() if feature.get("type") == "VISUAL"]
-    empty = [f"empty_camera_{index}" for index in range(fields.get("empty_cameras") or 0)]
+    empty = [f"empty_camera_{index}" for index in range(count)]
     return names + [name for name in empty if name not in names] if names else []
 
 
@@ -346,7 +374,9 @@ def _architecture(fields: Mapping[str, Any], name: str, base: Pi05Config) -> Arc
         field: fields.get(field, default)
         for field, default in (("paligemma_variant", "gemma_2b"), ("action_expert_variant", "gemma_300m"))
     }
-    unknown = [f"{field} {variant!r}" for field, variant in variants.items() if variant not in GEMMA_VARIANTS]
+    unknown = [
+        f"{field} {variant!r}" for field, variant in variants.items() if str(variant) not in GEMMA_VARIANTS
+    ]
     if unknown:
         raise Pi05cError(
             f"the configuration of {name} names unknown variants ({', '.join(unknown)}): known are "
@@ -363,9 +393,9 @@ def _integer(fields: Mapping[str, Any], names: tuple[str, ...], default: int, co
     for name in names:
         if name in fields:
             value = fields[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 0 < value <= MAX_SIZE:
                 raise Pi05cError(
-                    f"{name} in the configuration of {config} is {value!r}: it must be a positive integer"
+                    f"{name} in the configuration of {config} is {value!r}: it must be an integer from 1 to {MAX_SIZE}"
                 )
             return value
     return default

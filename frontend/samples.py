@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pi05c.frontend.config import Pi05Config
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.npz import read_npz
 from pi05c.graph.runner import Array
 
 SYNTHETIC_MARK = "synthetic"
@@ -65,13 +66,7 @@ def read_samples(paths: Sequence[Path], config: Pi05Config) -> dict[str, Array]:
 
 
 def _read_file(path: Path, specs: Sequence[InputSpec], vocabulary: int) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, Array] = {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise Pi05cError(f"{path} is not an .npz file of plain arrays: {error}") from error
+    arrays = read_npz(path)
     names = [spec.name for spec in specs]
     if missing := [name for name in names if name not in arrays]:
         raise Pi05cError(f"{path} lacks {', '.join(missing)}: calibration samples hold {', '.join(names)}")
@@ -158,7 +153,7 @@ def write_samples(path: Path, samples: Mapping[str, Array], synthetic: bool) -> 
             np.savez(file, **arrays)  # type: ignore[arg-type]
         partial.replace(path)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -22,6 +22,11 @@ from pi05c.passes.patterns.walk import output_ids, static_shape
 SMALL_BYTES = 1024
 """Results up to this size are folded even where they are larger than what they come from."""
 
+STEP_BYTES = 64 * 2**20
+STEP_GROWTH = 16
+"""What is computed on the way to a result may take this many bytes, or this many times those of the constants that it
+comes from: a few numbers can ask for any amount of memory (ConstantOfShape, Expand, Range)."""
+
 _NEVER = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
     | {"Dropout", "If", "Loop", "Scan", "SequenceMap", "DequantizeLinear", "SequenceConstruct", "Optional"}
@@ -87,6 +92,8 @@ def _mark(node: gs.Node, known: dict[int, _Known]) -> None:
             return
     for tensor in node.outputs:
         if static_shape(tensor) is None or to_numpy(tensor.dtype) is None:
+            return
+        if _bytes(tensor) > max(STEP_BYTES, STEP_GROWTH * sum(roots.values())):
             return
     known.update({id(tensor): _Known(tensor, roots) for tensor in node.outputs})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from pi05c.graph.check import problems
+from pi05c.graph.check import problems, refuse_invalid
 from pi05c.graph.edit import Names, remove_dead
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
@@ -171,7 +171,10 @@ def run(
     Raises:
         MissingRangesError: a pass needs ranges and there are none.
         InvalidGraphError: a pass left a graph that is not valid.
+        Pi05cError: the graph is not valid as it is given.
     """
+    if steps:
+        refuse_invalid(model)
     results: list[StepResult] = []
     ranges: Ranges | None = None
     asked = False

@@ -18,17 +18,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from pi05c.backend.targets import parse_targets
 from pi05c.calibration import MeasuredRanges
 from pi05c.criterion import CheckCommand, Criterion, ErrorCriterion, Verdict
 from pi05c.cutout import cut_out
 from pi05c.diffing import diff_files
 from pi05c.folder import scratch
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError, unwritable
 from pi05c.graph.io import DataFolder, Model, load, location_of, save, tensors
 from pi05c.graph.ranges import Ranges, Wanted
+from pi05c.graph.read import read_proto
 from pi05c.guilt import AFTER, BEFORE, BisectResult, Guilty, Replay, Trial, write_readme
 from pi05c.passes import REGISTRY
 from pi05c.passes.pipeline import InvalidGraphError, MissingRangesError, Step, StepResult, named
@@ -251,7 +250,7 @@ def _told(error: Exception) -> str:
 def _content(path: Path) -> str:
     """SHA-256 of what a graph written by `pi05c.graph.io.save` computes: without its mark as a stage and without where
     its weights lie."""
-    proto = onnx.load_model(path, load_external_data=False)
+    proto = read_proto(path)
     metadata = [entry for entry in proto.metadata_props if entry.key != STAGE_KEY]
     del proto.metadata_props[:]
     proto.metadata_props.extend(metadata)
@@ -543,7 +542,7 @@ def _prune(folder: Path, keep: Iterable[str]) -> None:
     used = set()
     for path in folder.glob("*.onnx"):
         if path.name in kept or path.suffixes[-2:] in ([".min", ".onnx"], [".body", ".onnx"]):
-            proto = onnx.load_model(path, load_external_data=False)
+            proto = read_proto(path)
             used |= {location_of(tensor) for tensor in tensors(proto)}
         else:
             path.unlink()
@@ -561,7 +560,7 @@ def _published(result: BisectResult, work: Path, output: Path | None) -> BisectR
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(work, place)
     except OSError as error:
-        raise Pi05cError(f"{place} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{place} cannot be written: {unwritable(error)}") from error
     guilty = result.guilty
     if guilty.cutout is not None:
         cutout = guilty.cutout

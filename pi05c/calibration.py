@@ -23,7 +23,7 @@ import numpy as np
 
 from pi05c.executors import run_tasks
 from pi05c.graph.dtypes import BFLOAT16
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unreadable, unwritable
 from pi05c.graph.io import Model, location_of, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.ranges import Ranges
@@ -277,7 +277,9 @@ def cached_ranges(
     graph_hash = graph_sha256(model)
     asked = _Asked.of(tensors, rows, quantized, method)
     path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, asked, samples)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Pi05cError):
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Pi05cError
+    ):
         ranges = _read(path)
         if not fresh and _answers(ranges, graph_hash, [*asked.tensors, *asked.rows], samples):
             return dataclasses.replace(ranges, source=samples.source, cached=True)
@@ -320,7 +322,7 @@ def keep_ranges(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, measured)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
     return path
 
 
@@ -333,7 +335,7 @@ def save_ranges(path: Path, ranges: MeasuredRanges) -> None:
     try:
         _write(path, ranges)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
 
 
 def read_ranges(path: Path) -> MeasuredRanges:
@@ -345,8 +347,8 @@ def read_ranges(path: Path) -> MeasuredRanges:
     try:
         return _read(path)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Pi05cError(f"{path} holds no ranges that this version reads: measure them again") from error
 
 

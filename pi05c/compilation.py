@@ -41,10 +41,12 @@ from pi05c.folder import (
     scratch,
     unfinished,
 )
+from pi05c.graph.check import refuse_invalid
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError, VerificationError
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
 from pi05c.graph.specialization import FixedInput
+from pi05c.graph.weights import Stamp, stamp
 from pi05c.handover import narrow_borders
 from pi05c.inspection import data_files, source_of, tensor_records, with_fixed
 from pi05c.manifest import (
@@ -184,9 +186,11 @@ def _run_job(
                     finished = _rewrite(job, output, work, plain, cache, fresh, progress, executor)
                 manifest = _verify(job, output, work, finished, plain.held_back, observation, progress)
             finished = finished.model_copy(update={"manifest": manifest})
+            _refuse_changed(job.stamps)
             keep(work, finished)
         manifest = _build(work, output, job.builder, finished, progress)
         with progress.stage("publish"):
+            _refuse_changed(job.stamps)
             manifest = _publish(work, output, manifest)
             remove_unfinished(unfinished(output))
     return CompileResult(output, manifest, {stage.title: stage.seconds for stage in progress.stages})
@@ -200,6 +204,7 @@ class _Job:
         requested: the passes, as they were asked for.
         by_part: the passes of each piece, by its place.
         parts: of a policy that is split.
+        stamps: of the files that are read.
         fixed: values of inputs that passes fix.
         key: of what the result depends on; empty for a run that is looked at, which starts from the beginning.
     """
@@ -214,6 +219,7 @@ class _Job:
     parts: list[PartGraph] | None
     samples: RunSamples | None
     source: SourceRecord
+    stamps: Mapping[Path, Stamp]
     fixed: Sequence[FixedInput]
     max_error: float | None
     calibration: Sequence[Path | str]
@@ -278,11 +284,14 @@ def _prepare(
         progress.note(builder.chosen)
     with progress.stage("load"):
         plain = load(path)
+        refuse_invalid(plain)
         given = [Path(item) for item in calibration if str(item) != "synthetic"]
         check_output(output, inputs=[path, *data_files(plain), *given])
         parts = None if grouping is None else cut(path, grouping)
         refuse_without_profile(builder, tensor_records(plain.graph.inputs))
         samples = samples_for(plain, steps, calibration, progress)
+        read = {path, *data_files(plain), *(() if samples is None else samples.files)}
+        stamps = {file: stamp(file.stat()) for file in read if file.exists()}
         source = source_of(plain)
         warn_of_other_model(passes, source.sha256, progress)
     return _Job(
@@ -296,6 +305,7 @@ def _prepare(
         parts=parts,
         samples=samples,
         source=source,
+        stamps=stamps,
         fixed=planned_inputs(plain, steps),
         max_error=max_error,
         calibration=calibration,
@@ -395,6 +405,7 @@ def _rewrite(
         with progress.stage(piece.title("write the graph")) as update:
             save(piece.model, work.folder / piece.place / GRAPH, update=update)
     finished = Finished(key=job.key, rewritten=records)
+    _refuse_changed(job.stamps)
     keep(work, finished)
     return finished
 
@@ -646,6 +657,15 @@ def _kept_failure(
         kept = f"the graph before that pass is not kept ({error})"
     kind = VerificationError if isinstance(failure.cause, VerificationError) else Pi05cError
     return kind(f"{failure.told}; {kept}")
+
+
+def _refuse_changed(stamps: Mapping[Path, Stamp]) -> None:
+    """Refuse a result of which one half may come from a file as it was before somebody wrote to it."""
+    for file, before in stamps.items():
+        if file.exists() and stamp(file.stat()) != before:
+            raise Pi05cError(
+                f"{file} changed while it was compiled: compile again when nothing writes it any more"
+            )
 
 
 def _publish(work: Scratch, place: Path, manifest: Manifest) -> Manifest:

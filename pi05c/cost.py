@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.backend.devices import Device
 from pi05c.folder import GRAPH
+from pi05c.graph.check import refuse_invalid
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.kernels import KINDS, Kernel, kernels_of
@@ -196,6 +197,7 @@ def cost_after_each_pass(
 
     steps = parse_passes(passes, plugins)
     model = load(path)
+    refuse_invalid(model)
     found = [PassCost("", 0, kernels_of(model))]
 
     def after_step(current: Model, result: pipeline.StepResult) -> None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import onnx
-
 from pi05c.backend.targets import Target
 from pi05c.comparison import Comparison, compare
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError, unwritable
 from pi05c.graph.io import load, location_of, tensors
+from pi05c.graph.read import read_proto
 from pi05c.precision import default_limit, precision_of, refuse_limit
 from pi05c.samples import RANDOM_WEIGHTS, WEIGHTS_KEY, Samples
 from pi05c.stagecheck import graph_problems, outputs_of
@@ -196,7 +195,7 @@ class CheckCommand:
             _place(path, self.artifact)
             return self._judged(self.words, title)
         except OSError as error:
-            raise Pi05cError(f"{self.artifact} cannot be written: {error.strerror or error}") from error
+            raise Pi05cError(f"{self.artifact} cannot be written: {unwritable(error)}") from error
         finally:
             self.artifact.unlink(missing_ok=True)
 
@@ -246,7 +245,7 @@ def parse_check(text: str) -> tuple[str, ...]:
 def _place(path: Path, artifact: Path) -> None:
     """Write the graph at `path` as `artifact`, which names its data files where they are: below its folder."""
     below = path.resolve().parent.relative_to(artifact.resolve().parent)
-    proto = onnx.load_model(path, load_external_data=False)
+    proto = read_proto(path)
     for tensor in tensors(proto):
         location = location_of(tensor)
         for entry in tensor.external_data:

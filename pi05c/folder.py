@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -189,15 +189,15 @@ def scratch(output: Path) -> Iterator[Scratch]:
 def _explained(error: OSError, output: Path) -> str:
     if error.errno in (errno.EBUSY, errno.EXDEV):
         return f"{output} is a mount point or on another file system: choose a folder inside it"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space or choose another -o"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{(error.strerror or 'no permission').lower()}; choose an -o where you may write"
-    return (error.strerror or str(error)).lower()
+    return unwritable(error)
 
 
 def _refuse_foreign_files(output: Path, place: Path) -> None:
-    found = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()}
+    found = {
+        path.relative_to(place).as_posix()
+        for path in place.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
     if not found:
         return
     if MANIFEST not in found:

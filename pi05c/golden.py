@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.text import canonical_text
@@ -194,7 +194,7 @@ def _write(text: Text) -> None:
         else:
             text.path.write_text(text.now, encoding="utf-8")
     except OSError as error:
-        raise Pi05cError(f"{text.path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{text.path} cannot be written: {unwritable(error)}") from error
 
 
 def run_pass_case(model: Model, name: str) -> StepResult:

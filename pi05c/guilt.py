@@ -13,7 +13,7 @@ from pi05c.criterion import Verdict
 from pi05c.cutout import Border, Cutout
 from pi05c.diffing import ModelDiff
 from pi05c.diffview import Line, text_lines
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 from pi05c.stages import RANGES, SAMPLES
 
 BEFORE, AFTER = "before.onnx", "after.onnx"
@@ -225,7 +225,7 @@ def write_readme(folder: Path, guilty: Guilty, pipeline: str, replay: Replay) ->
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise Pi05cError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{folder} cannot be written: {unwritable(error)}") from error
 
 
 _LOADER = '''"""Feeds the cut-outs: polygraphy run before.min.onnx --onnxrt --data-loader-script load_inputs.py:before"""

@@ -6,14 +6,22 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
 from pi05c.backend.inductor import INDUCTOR
 from pi05c.folder import CHECKPOINT, MANIFEST, PACKAGE, PLAN
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unreadable
 
 FORMAT: Final = 3
 """Raised whenever an older pi05c could not read what this one writes."""
@@ -33,6 +41,17 @@ Number = Annotated[
     BeforeValidator(lambda value: float(value) if value in _NOT_FINITE else value),
     PlainSerializer(lambda value: value if math.isfinite(value) else str(value), when_used="json"),
 ]
+
+
+def _inside(name: str) -> str:
+    """A path that a manifest may name: below its folder, so that nobody's folder makes pi05c read or write elsewhere."""
+    path = PurePosixPath(name)
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} lies outside of the folder")
+    return name
+
+
+PathInside = Annotated[str, AfterValidator(_inside)]
 
 
 class FileRecord(_Record):
@@ -306,7 +325,7 @@ class EngineRecord(_Record):
     flavour: str | None
     options: dict[str, Any] = Field(default_factory=dict)
     version: str | None = None
-    file: str | None = None
+    file: PathInside | None = None
     seconds: float | None = None
     reason: str | None = None
 
@@ -328,7 +347,7 @@ class PartRecord(_Record):
         errors: departure of what it hands over from the plain graph, all parts before it rewritten too.
     """
 
-    name: str
+    name: PathInside
     pipeline: PipelineRecord
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
@@ -355,7 +374,7 @@ class Manifest(_Record):
     calibration: CalibrationRecord | None
     verification: VerificationRecord | None
     engine: EngineRecord
-    files: dict[str, FileRecord]
+    files: dict[PathInside, FileRecord]
     parts: list[PartRecord] = Field(default_factory=list)
     operators: list[OperatorRecord] = Field(default_factory=list)
 
@@ -392,10 +411,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not an engine folder: it has no {MANIFEST}; pi05c MODEL.onnx -o {folder} makes one"
         ) from error
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Pi05cError(f"{path} is not JSON ({error}): compile the folder again") from error
     written = found.get("format") if isinstance(found, dict) else None
     if isinstance(written, int) and written > FORMAT:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unreadable, unwritable
 from pi05c.passes.pipeline import Step, items
 
 if sys.version_info >= (3, 11):
@@ -79,7 +79,7 @@ def read_pipeline_file(path: Path) -> PipelineFile:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise Pi05cError(f"{path} is no TOML: {error}") from error
     if unknown := sorted(table.keys() - {"passes", "provenance"}):
@@ -121,7 +121,7 @@ def write_pipeline_file(path: Path, steps: Iterable[Step], provenance: Mapping[s
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

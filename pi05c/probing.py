@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pi05c.backend.lowering import graphs_in, lower
+from pi05c.backend.lowering import lower
 from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
@@ -30,6 +30,7 @@ from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_pr
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import constants_first
+from pi05c.graph.walk import graphs_in
 from pi05c.graph.weight_nodes import WeightNodes
 from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
 from pi05c.reductions import Probe, Reductions, add_reductions

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pi05c.terminal import screen
+
 Update = Callable[[float | None, str], None]
 """Takes the part of a stage that is done, 0 to 1 or None where unknown, and a few words on what it is at."""
 
@@ -68,10 +70,8 @@ class StderrProgress(Progress):
 
     def __init__(self, *, verbose: bool = False) -> None:
         super().__init__()
-        from rich.console import Console
-
         self._verbose = verbose
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = screen(stderr=True, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         super().warn(sentence)

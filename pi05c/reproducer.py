@@ -106,7 +106,7 @@ def _place(output: Path) -> Path:
 def _is_ours(folder: Path) -> bool:
     try:
         known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return {path.name for path in folder.iterdir()} <= {RECORD, *known}
 

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import struct
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import overload
 
 import numpy as np
 
 from pi05c.backend.signature import TensorSpec, check_inputs
 from pi05c.graph.dtypes import BOOL, to_numpy
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError, unreadable, unwritable
 from pi05c.graph.io import Model
+from pi05c.graph.npz import read_npz
 from pi05c.graph.runner import Array
 from pi05c.graph.specialization import fixed_inputs
 
@@ -42,14 +40,6 @@ ITERATOR = "an iterator"
 
 SIDECAR_SUFFIX = ".calibration.npz"
 """What the name of the samples beside a model ends with, in place of the model's own suffix."""
-
-_NAME_LENGTH_OFFSET = 26
-"""Where a ZIP local file header holds the lengths of its last two fields (PKWARE APPNOTE 4.3.7)."""
-
-_READ_HEADER: dict[tuple[int, int], Callable[[BinaryIO], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 HELD_BACK_FRACTION = 4
 """One sample of so many, at least one of two, is held back from calibration for verification."""
@@ -263,7 +253,7 @@ def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
     try:
         kept = tempfile.TemporaryDirectory(prefix=".pi05c-", dir=folder)
     except OSError as error:
-        raise Pi05cError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{folder} cannot be written: {unwritable(error)}") from error
     with kept as name:
         place = Path(name) / ITERATOR
         place.mkdir()
@@ -315,7 +305,7 @@ def save_samples(path: Path, samples: Sequence[Mapping[str, Array]], *, syntheti
             np.savez(file, allow_pickle=False, **arrays)
         partial.replace(path)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -411,46 +401,14 @@ def _open(path: Path) -> Mapping[str, Array]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {error.strerror}") from error
+        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
     return _arrays(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=1)
 def _arrays(path: Path, mtime_ns: int, size: int) -> Mapping[str, Array]:
     """What `_open` returns; time and size tell a file that took another's place from it."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise Pi05cError(f"{path} holds a single array without a name: save it with numpy.savez")
-        with loaded as file:
-            assert file.zip is not None, "open until the end of this block"
-            members = {info.filename: info for info in file.zip.infolist()}
-            arrays = {name: _mapped(path, members.get(f"{name}.npy")) for name in file.files}
-            return {name: file[name] if array is None else array for name, array in arrays.items()}
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        if "pickle" in str(error):
-            raise Pi05cError(
-                f"{path} holds pickled Python objects, which may run code when they are read: save plain arrays with "
-                "numpy.savez(FILE, allow_pickle=False, ...)"
-            ) from error
-        raise Pi05cError(f"{path} cannot be read as an .npz file of arrays: {error}") from error
-
-
-def _mapped(path: Path, member: zipfile.ZipInfo | None) -> Array | None:
-    """An array of an .npz file without reading it; None where it is compressed, empty, or holds Python objects."""
-    if member is None or member.compress_type != zipfile.ZIP_STORED:
-        return None
-    with path.open("rb") as file:
-        file.seek(member.header_offset + _NAME_LENGTH_OFFSET)
-        name_length, extra_length = struct.unpack("<HH", file.read(4))
-        file.seek(name_length + extra_length, os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        if version not in _READ_HEADER:
-            return None
-        shape, is_fortran, dtype = _READ_HEADER[version](file)
-        if dtype.hasobject or 0 in shape:
-            return None
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
+    return read_npz(path)
 
 
 def _sha256(sample: Mapping[str, Array]) -> str:

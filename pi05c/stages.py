@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
-from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 from pi05c.graph.io import DataFolder, Model, load, save
+from pi05c.graph.read import read_proto
 from pi05c.graph.text import canonical_text
 
 if TYPE_CHECKING:
@@ -73,8 +72,8 @@ def _parsed(text: str) -> Stage | None:
 
 def _is_stage(path: Path) -> bool:
     try:
-        proto = onnx.load_model(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError):
+        proto = read_proto(path)
+    except Pi05cError:
         return False
     return any(entry.key == STAGE_KEY and _parsed(entry.value) is not None for entry in proto.metadata_props)
 
@@ -157,7 +156,7 @@ class StageFolder:
             for path in [*stale, *(beside if first == 0 else ())]:
                 path.unlink()
         except OSError as error:
-            raise Pi05cError(f"--dump {folder} cannot be written: {error.strerror or error}") from error
+            raise Pi05cError(f"--dump {folder} cannot be written: {unwritable(error)}") from error
 
     def _refuse(self, replaced: Iterable[Path], own: Collection[str], reads: Collection[Path]) -> None:
         for path in replaced:
@@ -185,7 +184,7 @@ class StageFolder:
         try:
             path.with_suffix(".txt").write_text(canonical_text(model.graph), encoding="utf-8")
         except OSError as error:
-            raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
         return path
 
     def write_ranges(self, ranges: MeasuredRanges) -> None:

@@ -25,7 +25,7 @@ from pi05c.cli.app import (
     Verbose,
     app,
 )
-from pi05c.cli.output import console, engine_lines, make_progress, print_json, show_precision
+from pi05c.cli.output import console, echo, engine_lines, make_progress, print_json, show_precision
 from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def build(
         print_json({"folder": str(folder), **manifest.model_dump(mode="json")})
     elif not quiet:
         for line in engine_lines(folder, manifest):
-            typer.echo(line)
+            echo(line)
 
 
 def _run_passes(
@@ -294,7 +294,7 @@ def _run_passes(
             )
         console().print(table)
         if run.stages:
-            typer.echo(f"{len(run.stages)} stages in {options.dump}")
+            echo(f"{len(run.stages)} stages in {options.dump}")
 
 
 def _show_compiled(folder: Path, manifest: Manifest) -> None:

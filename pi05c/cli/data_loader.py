@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Calibration, Debug, Json, Quiet, app
-from pi05c.cli.output import print_json
+from pi05c.cli.output import echo, print_json
 
 
 @app.command("data-loader")
@@ -38,4 +38,4 @@ def data_loader(
         )
     elif not quiet:
         kind = "made-up samples" if samples.synthetic else "samples"
-        typer.echo(f"{output}: {len(samples)} {kind} of {samples.source}")
+        echo(f"{output}: {len(samples)} {kind} of {samples.source}")

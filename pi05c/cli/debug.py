@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Calibration, Debug, Plugin, app
+from pi05c.cli.output import echo
 
 _SCRIPT = Path("pi05c_samples.py")
 
@@ -52,5 +53,5 @@ def debug_command(
         write_data_loader(_SCRIPT, model, calibration or ())
         words += ["--data-loader-script", str(_SCRIPT)]
     words += context.args
-    typer.echo(shlex.join(["polygraphy", *words]))
+    echo(shlex.join(["polygraphy", *words]))
     raise typer.Exit(int(polygraphy(words) or 0))

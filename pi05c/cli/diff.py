@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Debug, Json, Quiet, app
-from pi05c.cli.output import console
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.cli.output import console, echo
+from pi05c.graph.errors import Pi05cError, UsageError, unwritable
 
 
 class Format(str, Enum):
@@ -68,9 +68,9 @@ def diff(
 
 def _write(text: str, output: Path | None) -> None:
     if output is None:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
         return
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise Pi05cError(f"{output} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{output} cannot be written: {unwritable(error)}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pi05c.cli.app import Calibration, Debug, Json, Plugin, Quiet, Verbose, app
-from pi05c.cli.output import make_progress, print_json
+from pi05c.cli.output import echo, make_progress, print_json
 
 if TYPE_CHECKING:
     from pi05c.explaining import Explanation
@@ -55,7 +55,7 @@ def explain(
         print_json(found.as_json())
     elif not quiet:
         as_it_is = passes is None and start_from is None
-        typer.echo("\n".join([*_rewrites(found, diff), *_skipped(found), *_summary(found, as_it_is)]))
+        echo("\n".join([*_rewrites(found, diff), *_skipped(found), *_summary(found, as_it_is)]))
 
 
 def _rewrites(found: Explanation, diff: bool) -> Iterator[str]:

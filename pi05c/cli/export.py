@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import CalibrationMethod, Debug, Json, Passes, Quiet, Verbose, app
-from pi05c.cli.output import make_progress, print_json
+from pi05c.cli.output import echo, make_progress, print_json
 from pi05c.graph.errors import UsageError
 
 
@@ -90,12 +90,12 @@ def export(
     if json_:
         print_json(facts)
     elif not quiet:
-        typer.echo(f"{result.model}: {result.parameters:,} weights, {result.nbytes / 1e9:.3g} GB")
+        echo(f"{result.model}: {result.parameters:,} weights, {result.nbytes / 1e9:.3g} GB")
         if result.calibration is not None:
             kind = "made-up" if result.synthetic else "recorded"
-            typer.echo(f"{result.calibration}: {kind} samples for calibration")
+            echo(f"{result.calibration}: {kind} samples for calibration")
         if measured is not None:
-            typer.echo(
+            echo(
                 f"{measured.file}: ranges of {len(measured.ranges.low):,} tensors by ModelOpt's calibrators, on "
                 f"{measured.samples} samples on {measured.device}"
             )

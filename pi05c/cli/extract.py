@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Calibration, Debug, Json, Quiet, Verbose, app
-from pi05c.cli.output import make_progress, print_json
+from pi05c.cli.output import echo, make_progress, print_json
 
 
 @app.command()
@@ -44,10 +44,10 @@ def extract(
             }
         )
     elif not quiet:
-        typer.echo(
+        echo(
             f"{result.model}: {len(result.inputs)} inputs, {len(result.outputs)} outputs, float32 as exported"
         )
         if result.table is not None:
-            typer.echo(f"{result.table}: makes step_row, for any number of steps")
+            echo(f"{result.table}: makes step_row, for any number of steps")
         if result.calibration is not None:
-            typer.echo(f"{result.calibration}: samples for calibration, by the parts before it")
+            echo(f"{result.calibration}: samples for calibration, by the parts before it")

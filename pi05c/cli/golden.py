@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Debug, Json, Quiet, app
-from pi05c.cli.output import console, print_json
+from pi05c.cli.output import console, echo, print_json
 from pi05c.graph.errors import UsageError
 
 golden = typer.Typer(
@@ -46,7 +46,7 @@ def check(
     if json_:
         print_json(as_json(folder, found))
     elif format_ is Format.MARKDOWN and not quiet:
-        typer.echo(markdown(folder, found), nl=False)
+        echo(markdown(folder, found), nl=False)
     elif not quiet:
         screen = console()
         styles = {"-": "red", "+": "green", "@": "cyan"}
@@ -80,5 +80,5 @@ def update(
         print_json(as_json(folder, found))
     elif not quiet:
         for text in stale:
-            typer.echo(f"{'removed' if text.now is None else 'wrote'} {text.path}")
-        typer.echo(f"{len(stale)} of {len(found)} texts changed")
+            echo(f"{'removed' if text.now is None else 'wrote'} {text.path}")
+        echo(f"{len(stale)} of {len(found)} texts changed")

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from pi05c.cli.app import SHARED_OPTIONS, app
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError, unwritable
+from pi05c.terminal import printable
 
 _SIGNAL_STATUS = 128
 """What a shell adds to the number of the signal that ended a command."""
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exception(error)
-        print(f"error: {_printable(message)}", file=sys.stderr)
+        print(f"error: {printable(message, layout=False)}", file=sys.stderr)
         return _TROUBLE if _command(arguments) in _COMPARING else status
 
 
@@ -91,13 +92,13 @@ def _explained(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         command = "pi05c" if context is None else context.command_path
         return f"{message[:1].lower()}{message[1:]} (see {command} --help)", UsageError.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        named = error.filename2 or error.filename or "a file"
+        return f"{named} cannot be used: {unwritable(error)}", Pi05cError.exit_code
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, up to 3.12
+        return f"{str(error)[:1].lower()}{str(error)[1:]}: name another place", Pi05cError.exit_code
     if isinstance(error, MemoryError):
         return "memory ran out: use a machine with more, or end other programs", Pi05cError.exit_code
     kind = type(error).__name__
     defect = f"pi05c has a defect ({kind}: {error}): run again with --debug and report the traceback"
     return defect, Pi05cError.exit_code
-
-
-def _printable(text: str) -> str:
-    """A message without control characters, which names of tensors and files may hold."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pi05c.terminal import printable, screen
+
 if TYPE_CHECKING:
     from pi05c.comparison import Comparison
     from pi05c.manifest import Manifest, PrecisionRecord
@@ -71,10 +73,13 @@ def _engine_line(where: Path, folder: Path, manifest: Manifest, place: str) -> s
 
 def console(file_width: int | None = None) -> Any:
     """The screen, or the file or pipe in its place, where tables may be `file_width` columns wide."""
-    from rich.console import Console
-
     to_file = not sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=to_file, width=file_width if to_file else None)
+    return screen(soft_wrap=to_file, width=file_width if to_file else None)
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print text as it is, without control characters."""
+    typer.echo(printable(text), nl=nl)
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Debug, Json, MaxError, Quiet, Verbose, app
-from pi05c.cli.output import make_progress, print_json, show_errors
+from pi05c.cli.output import echo, make_progress, print_json, show_errors
 from pi05c.graph.errors import VerificationError
 
 
@@ -33,7 +33,7 @@ def run(
         print_json({"ran": result.ran, "output": str(result.output), "samples": result.samples})
     elif not quiet:
         count = "one sample" if result.samples == 1 else f"{result.samples} samples"
-        typer.echo(f"{result.output}: {count}, by {result.ran}")
+        echo(f"{result.output}: {count}, by {result.ran}")
 
 
 @app.command()
@@ -68,7 +68,7 @@ def verify(
         if verdict.measured is not None:
             show_errors(f"measured: {verdict.ran}", verdict.measured)
         else:
-            typer.echo(f"not measured on a GPU: {verdict.why_not_measured}")
+            echo(f"not measured on a GPU: {verdict.why_not_measured}")
     if not verdict.passed:
         worst = (verdict.measured or verdict.simulated).worst
         raise VerificationError(
@@ -76,4 +76,4 @@ def verify(
             f"limit of {verdict.limit:g}: do not deploy {folder}, or give the error that is acceptable as --max-error"
         )
     if not json_ and not quiet:
-        typer.echo(f"within the limit of {verdict.limit:g}")
+        echo(f"within the limit of {verdict.limit:g}")

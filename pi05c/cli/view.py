@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pi05c.cli.app import Debug, app
+from pi05c.cli.output import echo
 
 
 @app.command()
@@ -32,6 +33,6 @@ def view(
         raise Pi05cError(
             "Netron is not installed: pip install 'pi05c[view]', or open the file at https://netron.app"
         ) from error
-    typer.echo(f"{graph} in Netron")
+    echo(f"{graph} in Netron")
     netron.start(str(graph))
     netron.wait()

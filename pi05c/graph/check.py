@@ -8,7 +8,9 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
+from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, scopes, to_proto
+from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, array_of
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
@@ -23,25 +25,48 @@ _FOLLOWERS = {
 def problems(model: Model) -> list[str]:
     """What is wrong with a model, each in one sentence that names the node or tensor; empty where nothing is.
 
-    onnx's checker with full type inference, and what it misses: duplicate node names, scales that are not
-    positive, an output that is declared with another type than it has. Weights are not read.
+    `invalid`, and what onnx's checker misses: duplicate node names, scales that are not positive, an output that is
+    declared with another type than it has. Weights are not read.
     """
+    reason, declared = _checked(model)
     found = [*_duplicate_nodes(model.graph), *_bad_scales(model.graph)]
+    return [*found, *(declared if reason is None else [reason])]
+
+
+def invalid(model: Model) -> str | None:
+    """Why a model is not valid ONNX, by onnx's checker with full type inference; None if it is."""
+    return _checked(model)[0]
+
+
+def refuse_invalid(model: Model) -> None:
+    """Refuse a model that is not valid ONNX.
+
+    Raises:
+        Pi05cError: with what onnx says of it.
+    """
+    if (reason := invalid(model)) is not None:
+        where = "the graph" if model.path is None else str(model.path)
+        raise Pi05cError(f"{where} is not valid ONNX: {reason}")
+
+
+def _checked(model: Model) -> tuple[str | None, list[str]]:
+    """What onnx says, and the outputs of a valid model that have another type than they are declared with."""
     proto, _ = to_proto(model)
     declared = {output.name: output.type.tensor_type.elem_type for output in proto.graph.output}
     _weights_as_inputs(proto.graph)
+    if not proto.graph.name:
+        proto.graph.name = "graph"  # the checker asks for one, and nothing else does
     try:
         onnx.checker.check_model(proto, full_check=False)
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return [*found, " ".join(str(error).split())]
-    for output in inferred.graph.output:
-        actual = output.type.tensor_type.elem_type
-        if actual != declared[output.name]:
-            found.append(
-                f"output {output.name!r} is declared {name_of(declared[output.name])} but is {name_of(actual)}"
-            )
-    return found
+        return " ".join(str(error).split()), []
+    actual = {output.name: output.type.tensor_type.elem_type for output in inferred.graph.output}
+    return None, [
+        f"output {name!r} is declared {name_of(declared[name])} but is {name_of(actual[name])}"
+        for name in declared
+        if actual[name] != declared[name]
+    ]
 
 
 def unseen_problems(model: Model) -> list[str]:
@@ -114,15 +139,10 @@ def _bad_scales(graph: gs.Graph) -> list[str]:
     return found
 
 
-def _with_bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    bodies = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-    return [graph, *(inner for body in bodies for inner in _with_bodies(body))]
-
-
 def _weights_as_inputs(graph: onnx.GraphProto) -> None:
     """Turn initializers without bytes, in bodies too, into inputs of the graph, which the checker accepts."""
     known = {value.name for value in graph.input}
-    for scope in _with_bodies(graph):
+    for scope in list(graphs_in(graph)):
         kept = []
         for tensor in scope.initializer:
             if not any(entry.value.startswith(PENDING) for entry in tensor.external_data):

@@ -53,10 +53,16 @@ def to_onnx(dtype: Any) -> int:
 
 
 def name_of(dtype: Any) -> str:
-    """ONNX's name in lower case, as canonical text shows it: `float32`, `float8e4m3fn`; `?` if unknown."""
+    """ONNX's name in lower case, as canonical text shows it: `float32`, `float8e4m3fn`; `?` if unknown.
+
+    A number that is of no type becomes `type99`.
+    """
     if dtype is None or dtype == onnx.TensorProto.UNDEFINED:
         return "?"
-    name = str(onnx.TensorProto.DataType.Name(to_onnx(dtype))).lower()
+    number = to_onnx(dtype)
+    if number not in onnx.TensorProto.DataType.values():
+        return f"type{number}"
+    name = str(onnx.TensorProto.DataType.Name(number)).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class Pi05cError(Exception):
     """The input or the request is wrong. The command line prints the message and exits with `exit_code`."""
@@ -25,3 +27,28 @@ class BuildError(Pi05cError):
     """The engine builder failed, crashed or ran out of time."""
 
     exit_code = 4
+
+
+_NAME_CHARACTERS = 200
+
+
+def shortened(name: str) -> str:
+    """A name for a message: quoted, and cut where it is beyond reading."""
+    cut = name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}..."
+    return repr(cut)
+
+
+def unwritable(error: OSError) -> str:
+    """Why a file could not be written, as the end of a sentence: what is said, and what to do where that is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space or write to another place"
+    if error.errno == errno.EFBIG:
+        return "a file may not become that large here; raise the limit (ulimit -f) or write to another place"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{unreadable(error)}; choose a place where you may write"
+    return unreadable(error)
+
+
+def unreadable(error: OSError) -> str:
+    """Why a file could not be read, as the end of a sentence."""
+    return (error.strerror or str(error)).lower()

@@ -69,24 +69,32 @@ class Evaluator:
             except Exception as error:
                 if isinstance(error, Pi05cError):
                     raise
-                raise Pi05cError(
-                    f"{self._names[0]!r} cannot be evaluated at compile time: {error}"
-                ) from error
+                raise self._failure(error) from error
 
     def __call__(self, feeds: Mapping[str, Array] | None = None) -> list[Array]:
-        """The values of `outputs`, in their order, for the given input values by name."""
+        """The values of `outputs`, in their order, for the given input values by name.
+
+        Raises:
+            Pi05cError: onnxruntime fails.
+        """
         values: dict[str, Any] = {}
         if self._names:
             from onnxruntime import OrtValue
 
             given = {name: OrtValue.ortvalue_from_numpy((feeds or {})[name]) for name in self._inputs}
-            values = dict(
-                zip(self._names, self._session.run_with_ort_values(self._names, given), strict=True)
-            )
+            try:
+                results = self._session.run_with_ort_values(self._names, given)
+            except Exception as error:  # onnxruntime raises a class of its own for each status code
+                raise self._failure(error) from error
+            values = dict(zip(self._names, results, strict=True))
         return [
             _array(values[tensor.name], tensor) if isinstance(tensor, gs.Variable) else array_of(tensor)
             for tensor in self._outputs
         ]
+
+    def _failure(self, error: Exception) -> Pi05cError:
+        reason = " ".join(str(error).split())
+        return Pi05cError(f"{self._names[0]!r} cannot be evaluated at compile time: {reason}")
 
 
 def _array(value: Any, tensor: gs.Variable) -> Array:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +22,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from pi05c.graph.dtypes import bits, to_numpy
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.dtypes import to_numpy
+from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.read import about, read_proto, refuse_overlaps, weight_of_tensor
 from pi05c.graph.sort import scopes, sort_proto
 from pi05c.graph.spelling import spell_as_onnx
+from pi05c.graph.walk import bodies_of, graphs_in
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
+from pi05c.graph.wellformed import refuse_misused_operators
 
 G_LOGGER.severity = G_LOGGER.ERROR
 
@@ -47,8 +47,6 @@ _COPY_BYTES = 2**26
 
 _EVALUATED_BYTES = 2**22
 """What a thread evaluates at a time, in bytes of the result: small enough that a single weight keeps all of them busy."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -77,12 +75,9 @@ def load(path: Path | str) -> Model:
             model's folder.
     """
     path = Path(path)
-    try:
-        proto = onnx.load_model(path, load_external_data=False)
-    except FileNotFoundError as error:
-        raise Pi05cError(f"there is no file {path}") from error
-    except (DecodeError, OSError, ValueError) as error:
-        raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
+    proto = read_proto(path)
+    with about(path):
+        refuse_misused_operators(proto)
     if not proto.graph.node and not proto.graph.output:
         raise Pi05cError(f"{path} holds no graph: is it an ONNX model?")
     model = model_from_proto(proto, path.parent)
@@ -104,7 +99,7 @@ def model_from_proto(
         Pi05cError: as `load`; or two tensors of one graph share a name.
     """
     spell_as_onnx(proto)
-    for graph in _graphs(proto.graph):
+    for graph in graphs_in(proto.graph):
         sort_proto(graph)
         _refuse_duplicates(graph)
     proto = _with_types(proto)
@@ -113,8 +108,11 @@ def model_from_proto(
         new.metadata = {prop.key: prop.value for prop in old.metadata_props}
         new.doc_string = old.doc_string
     for constant in _constants(graph):
-        constant._values = (weights or {}).get(constant.name) or _stored(constant._values.tensor, base)
+        constant._values = (weights or {}).get(constant.name) or weight_of_tensor(
+            constant._values.tensor, base
+        )
         constant.data_location = None
+    refuse_overlaps((constant.name, constant._values) for constant in _constants(graph))
     for scope in scopes(graph):
         _inline_constant_nodes(scope)
     _link_returned_captures(graph, {})
@@ -260,7 +258,7 @@ def save(
             partial_data.replace(data_path)
         partial_model.replace(path)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
     finally:
         partial_data.unlink(missing_ok=True)
         partial_model.unlink(missing_ok=True)
@@ -331,8 +329,7 @@ class _DataWriter:
         if isinstance(weight, Stored):
             checksum = weight.checksum()
             self.file.flush()
-            with weight.path.open("rb") as source:
-                _copy(source.fileno(), weight.offset, self.file.fileno(), self.offset, weight.nbytes)
+            _copy(weight.fileno(), weight.offset, self.file.fileno(), self.offset, weight.nbytes)
             return checksum
         digest = hashlib.sha256()
         for raw in self._evaluated(weight):
@@ -366,13 +363,15 @@ def _copy(source: int, source_offset: int, target: int, target_offset: int, leng
         except (AttributeError, OSError):
             done = os.pwrite(target, os.pread(source, size, source_offset), target_offset)
         if not done:
-            raise OSError("the source file ended early")
+            raise Pi05cError(
+                "a data file of the model ended early: start again when nothing writes it any more"
+            )
         source_offset, target_offset, length = source_offset + done, target_offset + done, length - done
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor stored in a model: initializers and attributes, in subgraphs and functions too."""
-    for graph in _graphs(proto.graph):
+    for graph in graphs_in(proto.graph):
         yield from graph.initializer
         for node in graph.node:
             yield from _attribute_tensors(node)
@@ -386,16 +385,6 @@ def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graphs(inner)
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -449,7 +438,7 @@ def _store_shared_constants_once(graph: gs.Graph, proto: onnx.GraphProto) -> Non
     }
     if not shared:
         return
-    for body in list(_graphs(proto))[1:]:
+    for body in list(graphs_in(proto))[1:]:
         kept = [tensor for tensor in body.initializer if tensor.name not in shared]
         if len(kept) < len(body.initializer):
             del body.initializer[:]
@@ -506,41 +495,6 @@ def _constant_value(node: gs.Node) -> Weight | None:
     return InMemory(np.asarray(value, kinds[key]))
 
 
-def _stored(tensor: onnx.TensorProto, base: Path | None) -> Weight:
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return InMemory(numpy_helper.to_array(tensor))
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    relative = Path(location)
-    if base is None or relative.is_absolute() or ".." in relative.parts or not location:
-        raise Pi05cError(
-            f"the external data of initializer {tensor.name!r} lies at {location!r}, outside the model's folder: "
-            "save the model with its data beside it"
-        )
-    path = base / relative
-    if path.is_symlink():
-        raise Pi05cError(
-            f"the external data {path} of initializer {tensor.name!r} is a symbolic link: put the file itself there"
-        )
-    dtype = to_numpy(tensor.data_type)
-    offset = int(entries.get("offset") or 0)
-    if not path.is_file():
-        raise Pi05cError(f"the external data {path} of initializer {tensor.name!r} does not exist")
-    length = entries.get("length")
-    stored = Stored(path, offset, tensor.dims, dtype, _sha256(entries.get("checksum")))
-    if length is not None and int(length) != stored.nbytes:
-        raise Pi05cError(
-            f"initializer {tensor.name!r} of shape {list(tensor.dims)} takes {stored.nbytes} bytes "
-            f"({bits(dtype)} bits an element), but its external data is said to hold {length}"
-        )
-    return stored
-
-
-def _sha256(checksum: str | None) -> str | None:
-    """A recorded checksum if it can be a SHA-256: ONNX's documentation asks for SHA-1, and some writers follow it."""
-    return checksum if checksum is not None and _SHA256.fullmatch(checksum) else None
-
-
 def make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
     """Put the values of a weight into a tensor that referred to them."""
     del tensor.external_data[:]
@@ -592,15 +546,18 @@ def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
     is lent those for the time.
     """
     lent = _lend_shapes(proto.graph, {})
-    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    for body, count in zip(_bodies(proto.graph), lent, strict=True):
+    try:
+        with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except onnx.checker.ValidationError as error:  # of its functions
+        raise Pi05cError(f"the model is not valid ONNX: {' '.join(str(error).split())}") from error
+    for body, count in zip(list(graphs_in(proto.graph))[1:], lent, strict=True):
         del body.initializer[len(body.initializer) - count :]
     return proto
 
 
 def _lend_shapes(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> list[int]:
-    """Give each body the small integer constants that it captures; how many each got, in the order of `_bodies`."""
+    """Give each body the small integer constants that it captures; how many each got, in the order of `graphs_in`."""
     known = {**outer, **{tensor.name: tensor for tensor in graph.initializer if _is_shape(tensor)}}
     for node in graph.node:
         value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
@@ -608,32 +565,22 @@ def _lend_shapes(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) 
             known[node.output[0]] = value
     counts = []
     for node in graph.node:
-        for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                own = {value.name for value in (*body.input, *body.initializer)}
-                own.update(output for inner in body.node for output in inner.output)
-                read = dict.fromkeys(name for inner in body.node for name in inner.input if name not in own)
-                captured = [name for name in read if name in known]
-                deeper = _lend_shapes(body, {name: known[name] for name in known if name not in own})
-                for name in captured:
-                    body.initializer.add().CopyFrom(known[name])
-                    body.initializer[-1].name = name
-                counts += [len(captured), *deeper]
+        for body in bodies_of(node):
+            own = {value.name for value in (*body.input, *body.initializer)}
+            own.update(output for inner in body.node for output in inner.output)
+            read = dict.fromkeys(name for inner in body.node for name in inner.input if name not in own)
+            captured = [name for name in read if name in known]
+            deeper = _lend_shapes(body, {name: known[name] for name in known if name not in own})
+            for name in captured:
+                body.initializer.add().CopyFrom(known[name])
+                body.initializer[-1].name = name
+            counts += [len(captured), *deeper]
     return counts
 
 
 def _is_shape(tensor: onnx.TensorProto) -> bool:
     inline = tensor.data_location != onnx.TensorProto.EXTERNAL
     return tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) <= 1 and inline
-
-
-def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Every subgraph, outer before inner."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield body
-                yield from _bodies(body)
 
 
 __all__ = [

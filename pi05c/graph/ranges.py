@@ -83,19 +83,32 @@ class Ranges:
         Follows operators that only move values, or choose among them, back to tensors that were; constants are
         read.
         """
-        if isinstance(tensor, gs.Constant):
-            return weight_of(tensor).amax()
-        if tensor.name in self.high:
-            return _largest([self.low[tensor.name], self.high[tensor.name]])
-        node = producer(tensor)
-        if node is not None and node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant):
-            return self._of_stored_codes(node)
-        bounds = bounding_tensors(tensor)
-        if bounds is None:
-            return None
-        found = [self.amax(bound) for bound in bounds]
-        measured = [amax for amax in found if amax is not None]
-        return None if len(measured) < len(found) else _largest(measured, 1.0)
+        stack, seen, found = [tensor], set[int](), list[float]()
+        while stack:
+            current = stack.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            node = producer(current)
+            amax: float | None = None
+            if isinstance(current, gs.Constant):
+                amax = weight_of(current).amax()
+            elif current.name in self.high:
+                amax = _largest([self.low[current.name], self.high[current.name]])
+            elif (
+                node is not None and node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
+            ):
+                amax = self._of_stored_codes(node)
+            else:
+                bounds = bounding_tensors(current)
+                if bounds:
+                    stack.extend(bounds)
+                    continue
+                amax = None if bounds is None else 1.0
+            if amax is None:
+                return None
+            found.append(amax)
+        return _largest(found)
 
     def _of_stored_codes(self, dequantize: gs.Node) -> float | None:
         """A bound of (codes - zero point) * scale, which is not that of the codes."""
@@ -105,9 +118,9 @@ class Ranges:
         return (codes + sum(point for point in zero if point is not None)) * scale
 
 
-def _largest(values: Sequence[float], default: float = 0.0) -> float:
+def _largest(values: Sequence[float]) -> float:
     """The largest magnitude; not a number where one of the values is none."""
-    return float(np.max(np.abs(values))) if values else default
+    return float(np.max(np.abs(values)))
 
 
 def bounding_tensors(tensor: gs.Tensor) -> list[gs.Tensor] | None:

@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.walk import bodies_of
 
 _Node = TypeVar("_Node")
 
@@ -96,13 +97,12 @@ def captured_by(node: gs.Node) -> list[gs.Tensor]:
 
 
 def _captured(node: onnx.NodeProto) -> Iterable[str]:
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                yield from inner.input
-                yield from _captured(inner)
-            for output in graph.output:
-                yield output.name
+    for graph in bodies_of(node):
+        for inner in graph.node:
+            yield from inner.input
+            yield from _captured(inner)
+        for output in graph.output:
+            yield output.name
 
 
 def _order(

@@ -64,7 +64,7 @@ def fixed_inputs(metadata: Mapping[str, str]) -> tuple[FixedInput, ...]:
             FixedInput(name, tuple(entry["shape"]), tuple(entry["values"])) for name, entry in entries.items()
         )
         damaged = any(math.prod(fixed.shape) != len(fixed.values) for fixed in found)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         damaged = True
     if damaged:
         raise Pi05cError(

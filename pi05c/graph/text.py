@@ -53,10 +53,10 @@ def _lines(
 def node_line(node: gs.Node) -> str:
     """`%y: float32[4] = Add(%x, %b) {...}`, without the node's subgraphs."""
     outputs = ", ".join(declared(tensor) if tensor.name else "_" for tensor in node.outputs)
-    inputs = ", ".join(f"%{tensor.name}" if tensor.name else "_" for tensor in node.inputs)
-    op = f"{node.domain}::{node.op}" if node.domain else node.op
+    inputs = ", ".join(f"%{escaped(tensor.name)}" if tensor.name else "_" for tensor in node.inputs)
+    op = escaped(f"{node.domain}::{node.op}" if node.domain else node.op)
     attributes = {key: value for key, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)}
-    listed = ", ".join(f"{key}={attribute_text(key, value)}" for key, value in attributes.items())
+    listed = ", ".join(f"{escaped(key)}={attribute_text(key, value)}" for key, value in attributes.items())
     return f"{outputs} = {op}({inputs})" + (f" {{{listed}}}" if listed else "")
 
 
@@ -68,9 +68,16 @@ def initializer_line(constant: gs.Constant) -> str:
 def declared(tensor: gs.Tensor) -> str:
     """`%x: float32[4,?]`: a tensor with its type and shape."""
     shape = (
-        "?" if tensor.shape is None else ",".join("?" if dim is None else str(dim) for dim in tensor.shape)
+        "?"
+        if tensor.shape is None
+        else ",".join("?" if dim is None else escaped(str(dim)) for dim in tensor.shape)
     )
-    return f"%{tensor.name}: {name_of(tensor.dtype)}[{shape}]"
+    return f"%{escaped(tensor.name)}: {name_of(tensor.dtype)}[{shape}]"
+
+
+def escaped(name: str) -> str:
+    """A name on one line: line ends and other control characters as in a Python string."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def initializer_text(constant: gs.Constant) -> str:
@@ -99,4 +106,4 @@ def attribute_text(key: str, value: Any) -> str:
         return f"{value:.9g}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(attribute_text('', item) for item in value)}]"
-    return str(value)
+    return escaped(str(value))

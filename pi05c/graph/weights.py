@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -169,9 +170,8 @@ class Stored(Weight):
         self.offset = offset
         self.has_checksum = checksum is not None
         self._checksum = checksum
-        stat = path.stat()
-        self._file: Any = _mapped(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        size = stat.st_size
+        self._file = _opened(path, stamp(path.stat()))
+        size = self._file.stamp.size
         if offset < 0 or offset + self.nbytes > size:
             raise Pi05cError(
                 f"{path} holds {size} bytes, but a weight of shape {list(self.shape)} is said to lie at bytes "
@@ -179,13 +179,27 @@ class Stored(Weight):
             )
 
     def read(self, region: Region) -> Array:
-        raw = self._file[self.offset : self.offset + self.nbytes]
+        self.fileno()
+        raw = self._file.bytes[self.offset : self.offset + self.nbytes]
         if bits(self.dtype) == 4:
             proto = onnx.TensorProto(data_type=to_onnx(self.dtype), dims=self.shape, raw_data=raw.tobytes())
             unpacked: Array = numpy_helper.to_array(proto)
             return unpacked[region]
         values: Array = raw.view(self.dtype).reshape(self.shape)[region]
         return values
+
+    def fileno(self) -> int:
+        """Descriptor of the file, which outlives its name.
+
+        Raises:
+            Pi05cError: somebody has written to it since.
+        """
+        descriptor: int = self._file.handle.fileno()
+        if stamp(os.fstat(descriptor)) != self._file.stamp:
+            raise Pi05cError(
+                f"{self.path} changed while it was used: start again when nothing writes it any more"
+            )
+        return descriptor
 
     def chunks(self) -> Iterator[Array]:
         for chunk in super().chunks():
@@ -196,7 +210,7 @@ class Stored(Weight):
         """Take the pages that were read out of this process; the file's cache keeps them."""
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         if self.nbytes >= mmap.PAGESIZE and hasattr(mmap, "MADV_DONTNEED"):
-            self._file._mmap.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
+            self._file.bytes._mmap.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
 
     def fingerprint(self) -> object:
         if self._checksum is None and self.nbytes > CHUNK_BYTES:
@@ -518,12 +532,34 @@ def _elementwise(function: Callable[[Array], Array], values: Array) -> Array:
     return table.view(f"u{table.itemsize}")[codes].view(table.dtype)
 
 
+class Stamp(NamedTuple):
+    """What tells a file from one that took its name, and from itself before somebody wrote to it."""
+
+    inode: int
+    mtime_ns: int
+    size: int
+
+
+def stamp(found: os.stat_result) -> Stamp:
+    """The stamp of a file."""
+    return Stamp(found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+class _OpenFile:
+    """A file with its bytes mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = path.open("rb")
+        self.stamp = stamp(os.fstat(self.handle.fileno()))
+        self.bytes: Any = (
+            np.memmap(self.handle, np.uint8, mode="r") if self.stamp.size else np.zeros(0, np.uint8)
+        )
+
+
 @lru_cache(maxsize=64)
-def _mapped(path: Path, inode: int, mtime_ns: int, size: int) -> Any:
-    """The bytes of a file; inode, time and size tell a file that took another's name from it."""
-    if size == 0:
-        return np.zeros(0, np.uint8)
-    return np.memmap(path, np.uint8, mode="r")
+def _opened(path: Path, stamp: Stamp) -> _OpenFile:
+    """The file at `path` as long as it has that stamp."""
+    return _OpenFile(path)
 
 
 __all__ = [
@@ -542,6 +578,7 @@ __all__ = [
     "Transposed",
     "Weight",
     "array_of",
+    "stamp",
     "stored_bytes",
     "weight_of",
     "whole",

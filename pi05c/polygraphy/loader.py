@@ -13,6 +13,7 @@ from polygraphy.backend.base import BaseLoader
 from polygraphy.logger import G_LOGGER
 
 from pi05c.graph.io import Model, load, model_from_proto, save, to_whole_proto
+from pi05c.graph.wellformed import refuse_malformed, refuse_misused_operators
 from pi05c.passrun import RunOptions, run_passes
 from pi05c.polygraphy.reporting import LoggedProgress, errors_of_polygraphy
 
@@ -105,6 +106,8 @@ def loaded(model: OnnxModel | Callable[[], OnnxModel], path: str | PathLike[str]
         return load(given)
     proto = onnx.ModelProto()
     proto.CopyFrom(given)
+    refuse_malformed(proto)
+    refuse_misused_operators(proto)
     made = model_from_proto(proto)
     made.path = None if path is None else Path(path)
     return made

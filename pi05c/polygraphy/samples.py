@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from pi05c.fitting import fitting
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.errors import Pi05cError, unwritable
 from pi05c.graph.io import load
 from pi05c.graph.specialization import fixed_inputs
 from pi05c.polygraphy.reporting import errors_of_polygraphy
@@ -80,7 +80,7 @@ def write_data_loader(
     try:
         script.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise Pi05cError(f"{script} cannot be written: {error.strerror or error}") from error
+        raise Pi05cError(f"{script} cannot be written: {unwritable(error)}") from error
     return samples
 
 

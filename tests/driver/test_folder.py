@@ -183,7 +183,7 @@ def test_an_input_that_is_reached_by_a_link_is_never_replaced(tmp_path: Path) ->
     ("code", "said"),
     [
         (errno.ENOSPC, "the disk is full"),
-        (errno.EROFS, "choose an -o where you may write"),
+        (errno.EROFS, "choose a place where you may write"),
         (errno.EBUSY, "mount point"),
         (errno.EIO, "input/output error"),
     ],
