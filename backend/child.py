@@ -8,6 +8,7 @@ lines that begin with `[E]` are errors and with `[W]` warnings, and events for t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -30,6 +31,9 @@ from pi05c.graph.errors import Pi05cError, unwritable
 
 EVENT = "@pi05c "
 """What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
+
+_PR_SET_PDEATHSIG = 1
+"""Option of prctl(2) that names the signal which ends this process with its parent (linux/prctl.h)."""
 
 _GIB = 2**30
 _LOG_LINES = 20_000
@@ -251,6 +255,12 @@ def send(**fields: object) -> None:
     sys.stdout.flush()
 
 
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is gone, so that nobody builds for nobody (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
 def memory_of(pid: int | None = None, what: str = "VmHWM") -> int:
     """Bytes of memory of a process, by default this one, as Linux counts them; 0 where they cannot be read.
 
@@ -264,4 +274,13 @@ def memory_of(pid: int | None = None, what: str = "VmHWM") -> int:
     return 0
 
 
-__all__ = ["EVENT", "BuildProgress", "ChildRun", "memory_of", "run_child", "send", "write_reproducer"]
+__all__ = [
+    "EVENT",
+    "BuildProgress",
+    "ChildRun",
+    "end_with_parent",
+    "memory_of",
+    "run_child",
+    "send",
+    "write_reproducer",
+]

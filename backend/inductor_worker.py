@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi05c.backend.child import memory_of, send
+from pi05c.backend.child import end_with_parent, memory_of, send
 from pi05c.graph.errors import Pi05cError
 
 _OPTIONS: dict[str, Any] = {
@@ -88,6 +88,7 @@ def _phase(name: str) -> None:
 
 def main(path: str) -> int:
     """Compile what the request file at `path` asks for; failures go to the log."""
+    end_with_parent()
     request = Request.from_json(Path(path).read_text())
     try:
         build(request)

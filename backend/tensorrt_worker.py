@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pi05c.backend.child import memory_of, send
+from pi05c.backend.child import end_with_parent, memory_of, send
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -176,6 +176,7 @@ def _save_timing_cache(config: Any, path: str) -> None:
 
 def main(path: str) -> int:
     """Build what the request file at `path` asks for; failures go to the log."""
+    end_with_parent()
     request = Request.from_json(Path(path).read_text())
     try:
         build(request)

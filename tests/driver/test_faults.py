@@ -1,0 +1,358 @@
+"""What a killed process, a failing disk, and files that vanish, change or are nowhere to be written leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Command
+from faulty_runs import content
+from small_policy import policy, write_policy, write_samples
+
+from pi05c import compilation
+from pi05c.folder import GRAPH, MANIFEST
+from pi05c.manifest import check_files, read_manifest
+
+__all__ = ["policy"]
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+
+
+def compile_words(policy: Path, output: Path, passes: str = "none") -> tuple[str, ...]:
+    return (str(policy), "--passes", passes, "-o", str(output), "--backend", "onnxruntime")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds what its manifest says, byte by byte."""
+    check_files(folder, read_manifest(folder))
+    return True
+
+
+# One file operation after the other
+
+
+def broken_runs(kind: str, folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What a command left for each file operation that was broken; the last is of the run that nothing broke."""
+    lines = subprocess.run(
+        [sys.executable, str(HERE / "faulty_runs.py"), kind, str(folder), *words],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+        check=True,
+    ).stdout
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def engine_files(left: dict[str, str]) -> dict[str, str]:
+    return {name: data for name, data in left.items() if name.startswith("engine/")}
+
+
+@pytest.fixture
+def before(pi05c: Command, tmp_path: Path) -> Path:
+    """A folder whose subfolder `before` holds a policy and an engine folder of it, without a plan."""
+    place = tmp_path / "before"
+    (place / "policy").mkdir(parents=True)
+    write_samples(place / "policy" / "model.calibration.npz")
+    model = write_policy(place / "policy" / "model.onnx")
+    assert pi05c(str(model), "--passes", "none", "-o", place / "engine", "--target", "h100").status == 0
+    return tmp_path
+
+
+def restored(place: Path, left: dict[str, str]) -> Path:
+    shutil.rmtree(place, ignore_errors=True)
+    for name, data in left.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(bytes.fromhex(data))
+    return place
+
+
+@pytest.mark.parametrize("kind", ["kill", "EIO"])
+def test_whichever_file_operation_is_the_last_one_an_engine_is_old_or_whole(
+    before: Path, pi05c: Command, kind: str
+) -> None:
+    old = engine_files(content(before / "before"))
+    now = before / "now"
+    words = (str(now / "policy" / "model.onnx"), "--passes", "default", "-o", str(now / "engine"))
+    runs = broken_runs(kind, before, *words, "--target", "sm120")
+    assert len(runs) > 20
+    assert runs[-1]["status"] == 0
+    assert "engine/model.engine" in runs[-1]["left"]
+    for run in runs[:-1]:
+        left = run["left"]
+        place = restored(before / "after", left)
+        if engine_files(left) != old:
+            assert whole(place / "engine"), run["reached"]
+            assert "engine/model.engine" in left
+        elif run["status"] == 0:
+            raise AssertionError(f"nothing was written without a word: {run['reached']}")
+        if kind == "kill":
+            assert run["status"] == -signal.SIGKILL
+            continue
+        assert run["status"] in (0, 1)
+        errors = [line for line in run["said"].splitlines() if line.startswith("error: ")]
+        assert len(errors) == run["status"], run
+        assert "Traceback" not in run["said"]
+        assert "defect" not in run["said"], run
+        assert not [name for name in left if ".partial" in name], run["reached"]
+    if kind == "kill":
+        unfinished = max(runs[:-1], key=lambda run: len(run["left"]))
+        restored(now, unfinished["left"])
+        assert pi05c(*compile_words(now / "policy" / "model.onnx", now / "engine")).status == 0
+        assert whole(now / "engine")
+        assert names(now) - {"cache"} == {"policy", "engine"}
+
+
+def test_a_plan_that_is_built_in_its_folder_is_old_or_whole(before: Path, pi05c: Command) -> None:
+    runs = broken_runs("kill", before, "build", str(before / "now" / "engine"), "--target", "sm120")
+    assert runs[-1]["status"] == 0
+    built = runs[-1]["left"]["engine/model.engine"]
+    for run in runs:
+        place = restored(before / "after", run["left"])
+        manifest = read_manifest(place / "engine")
+        for name, record in manifest.files.items():
+            assert (place / "engine" / name).stat().st_size == record.bytes or name == "report.html"
+        assert run["left"].get("engine/model.engine") in (None, built)
+        assert pi05c("inspect", place / "engine").status == 0
+
+
+# A disk that is full, small or read-only
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system in memory with the given options."""
+    places: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"mounted{len(places)}"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a file system needs root")
+        places.append(place)
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk(policy: Path, pi05c: Command, mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=2m")
+    output = place / "engine"
+    assert pi05c(*compile_words(policy, output)).status == 0
+    before, block = content(output), 4096
+    used = sum(len(data) // 2 // block * block + block for data in before.values())
+    filler = place / "filler"
+    failures = 0
+    for free in range(0, 2 * used + 16 * block, 2 * block):
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(place).free - free)))
+        result = pi05c(*compile_words(policy, output, "exact"))
+        if result.status == 0:
+            break
+        failures += 1
+        (error,) = result.err.splitlines()[-1:]
+        assert result.status == 1
+        assert error.startswith("error: ")
+        assert "the disk is full; free some space" in error
+        assert content(output) == before
+        assert names(place) - {"engine.unfinished"} == {"engine", "filler"}
+        filler.unlink()
+    assert failures > 3
+    assert result.status == 0
+    assert whole(output)
+
+
+def test_a_limit_on_the_size_of_files(policy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); "
+        "from pi05c.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, *compile_words(policy, output)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "a file may not become that large here" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert names(tmp_path) == {"policy"}
+
+
+def test_places_where_nobody_may_write(
+    policy: Path, tmp_path: Path, pi05c: Command, mounted: Callable[[str], Path]
+) -> None:
+    place = mounted("size=2m")
+    engine = place / "engine"
+    assert pi05c(*compile_words(policy, engine)).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    before = content(place)
+    samples = policy.with_name("model.calibration.npz")
+    for words in (
+        compile_words(policy, engine),
+        compile_words(policy, place / "new" / "engine"),
+        (policy, "--passes", "exact", "--dump", place / "stages"),
+        ("build", engine, "--target", "sm120", "--backend", "tensorrt-rtx"),
+        ("run", engine, "--inputs", samples, "-o", place / "out.npz"),
+        ("extract", policy, "--part", "prefix", "-o", place / "part.onnx"),
+        ("diff", policy, engine, "-o", place / "diff.txt"),
+        ("data-loader", policy, "-o", place / "samples.py"),
+        ("bisect", policy, "--passes", "exact", "-o", place / "found"),
+    ):
+        result = pi05c(*words)
+        said = f"{' '.join(map(str, words[:2]))}: {result.err}"
+        assert result.status in (1, 2, 4) or "found" in str(words[-1]), said
+        assert "defect" not in result.err, said
+        assert "Traceback" not in result.err, said
+        if result.status and "is not installed" not in said:
+            assert "read-only file system" in result.err or "no part" in result.err, said
+    assert content(place) == before
+
+
+# Inputs that vanish, change, or are the output
+
+
+@pytest.mark.parametrize("named", ["model.onnx", "model.onnx.data", "model.calibration.npz"])
+@pytest.mark.parametrize("what", ["vanishes", "changes"])
+@pytest.mark.parametrize("stage", ["plain_run", "_rewrite", "_verify", "_build"])
+def test_an_input_that_is_lost_on_the_way(
+    policy: Path,
+    tmp_path: Path,
+    pi05c: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str,
+    what: str,
+    stage: str,
+) -> None:
+    output = tmp_path / "engine"
+    assert pi05c(*compile_words(policy, output)).status == 0
+    before, places = content(output), names(tmp_path)
+    stage_itself, file = getattr(compilation, stage), policy.with_name(named)
+
+    def lose(*arguments: Any, **named: Any) -> Any:
+        if what == "vanishes":
+            file.unlink()
+        else:
+            time.sleep(0.01)
+            os.utime(file)
+            file.write_bytes(file.read_bytes())
+        return stage_itself(*arguments, **named)
+
+    monkeypatch.setattr(compilation, stage, lose)
+    result = pi05c(*compile_words(policy, output, "fp16"), "--max-error", "0.1")
+    assert "Traceback" not in result.err
+    assert "defect" not in result.err
+    if result.status == 0:
+        assert what == "vanishes"  # behind its last reader
+        assert whole(output)
+    else:
+        assert result.status == 1
+        assert str(file) in result.err.splitlines()[-1]
+        assert content(output) == before
+    assert names(tmp_path) - {"engine.unfinished"} == places
+
+
+def test_a_link_in_an_engine_folder_is_not_thrown_away(policy: Path, tmp_path: Path, pi05c: Command) -> None:
+    output, mine = tmp_path / "engine", tmp_path / "mine"
+    assert pi05c(*compile_words(policy, output)).status == 0
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (output / "link").symlink_to(mine)
+    result = pi05c(*compile_words(policy, output))
+    assert result.status == 1
+    assert "'link', which its manifest.json does not name" in result.err
+    assert (output / "link" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["nowhere", "engine"])
+def test_a_link_that_leads_nowhere_is_no_output(
+    policy: Path, tmp_path: Path, pi05c: Command, target: str
+) -> None:
+    (tmp_path / "engine").symlink_to(tmp_path / target)
+    result = pi05c(*compile_words(policy, tmp_path / "engine"))
+    assert "Traceback" not in result.err
+    assert "defect" not in result.err
+    if target == "engine":
+        assert result.status == 1
+        return
+    assert result.status == 0
+    assert (tmp_path / "engine").is_symlink()
+    assert whole(tmp_path / "nowhere")
+
+
+# Two at once
+
+
+def test_two_compilations_into_one_folder(policy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    command = [sys.executable, "-m", "pi05c", *compile_words(policy, output)]
+    both = [
+        subprocess.Popen([*command, "--quiet"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert whole(output)
+    assert names(tmp_path) == {"policy", "engine"}
+    assert {MANIFEST, GRAPH} <= names(output)
+
+
+# A builder whose parent is gone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a child with its parent")
+def test_the_builder_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    hanging = (
+        "import sys, time; from pi05c.backend import tensorrt_worker as worker; "
+        "worker.build = lambda request: (print('ready', flush=True), time.sleep(600)); worker.main(sys.argv[1])"
+    )
+    request = tmp_path / "request.json"
+    request.write_text('{"rtx": true, "model": "m", "plan": "p"}')
+    starter = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE); "
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starter, hanging, str(request)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while _runs(child):
+        assert time.monotonic() < deadline, "the builder outlives the process that started it"
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
