@@ -240,15 +240,13 @@ def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
         UsageError: what was given is neither, or both.
         Pi05cError: `folder` cannot be written.
     """
-    if isinstance(calibration, (str, Path)):
-        calibration = [calibration]
-    items = iter(calibration)
+    items = iter([calibration] if isinstance(calibration, (str, Path)) else calibration)
     first = next(items, None)
     if first is None or isinstance(first, (str, Path)):
-        rest = [item for item in items if isinstance(item, (str, Path))] if first is not None else []
-        if isinstance(calibration, Sequence) and first is not None and len(rest) + 1 != len(calibration):
+        files = [] if first is None else [first, *items]
+        if not all(isinstance(item, (str, Path)) for item in files):
             raise UsageError("calibration holds files beside arrays: give files, or samples one by one")
-        yield [] if first is None else [first, *rest]
+        yield [item for item in files if isinstance(item, (str, Path))]
         return
     try:
         kept = tempfile.TemporaryDirectory(prefix=".pi05c-", dir=folder)
