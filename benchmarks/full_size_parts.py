@@ -72,7 +72,7 @@ def bare_one(model: Path, samples: Path, folder: Path) -> float:
 def calibrate(model: Path, samples: Path, folder: Path) -> float:
     """Measure the ranges that the default passes ask for; they go to the cache."""
     progress = Progress()
-    run_passes(load(model), samples, "default", progress, fresh=True, stop_after="lower_precision")
+    run_passes(load(model), samples, "default", progress, fresh=True)
     return next(stage.seconds for stage in progress.stages if stage.title == "calibrate")
 
 
@@ -117,17 +117,9 @@ def _build(graph: Path, engine: Path) -> float:
     return seconds
 
 
-def run_passes(
-    model: Model,
-    samples: Path,
-    text: str,
-    progress: Progress,
-    *,
-    fresh: bool = False,
-    stop_after: str | None = None,
-) -> None:
+def run_passes(model: Model, samples: Path, text: str, progress: Progress, *, fresh: bool = False) -> None:
     """Run passes on a model, with ranges from the cache unless `fresh`."""
-    options = RunOptions(stop_after=stop_after)
+    options = RunOptions()
     chosen = plan(text, options)
     calibrator = Calibrator(chosen, _calibration(model, samples), progress, fresh=fresh)
     run(model, chosen, calibrator, options, lambda fraction, detail: None)
