@@ -37,14 +37,16 @@ from pi05c.cost import total
 from pi05c.frontend.checkpoint import open_checkpoint
 from pi05c.frontend.config import Pi05Config
 from pi05c.frontend.export import export_model
-from pi05c.frontend.samples import synthetic_samples
+from pi05c.frontend.samples import synthetic_samples, write_samples
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
 from pi05c.inspection import weight_totals
 from pi05c.kernels import kernels_of
 from pi05c.passes import pipeline
+from pi05c.pipelinefile import read_pipeline_file
 from pi05c.plugins import parse_passes
 from pi05c.samples import Samples
+from pi05c.tuning import tune
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "tests" / "data" / "pi05_tiny"
@@ -89,6 +91,41 @@ RECIPES = (
     Recipe("NVFP4", "nvfp4, MLPs only", f"nvfp4,quantize_linears{{{MLP_ONLY}}}"),
     Recipe("float16", "fp16", "fp16"),
 )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A recipe that `pi05c tune` makes for each model, on the first set of calibration samples.
+
+    Attributes:
+        base: the pipeline that it chooses formats in.
+        formats: what it chooses among.
+        limits: the error allowed, by model.
+        minimize: as `--minimize`.
+    """
+
+    family: str
+    label: str
+    base: str
+    formats: tuple[str, ...]
+    limits: Mapping[str, float]
+    minimize: str = "time"
+
+
+TUNED = (
+    Tuned("FP8", "tuned FP8", "default", ("fp8", "fp8_two_terms"), {"tiny": 0.018, "wide": 0.035}),
+    Tuned(
+        "NVFP4",
+        "tuned NVFP4",
+        "nvfp4",
+        ("fp8", "fp8_two_terms", "nvfp4", "nvfp4_two_terms"),
+        {"tiny": 0.03, "wide": 0.09},
+    ),
+)
+
+TUNE_SAMPLES = 2
+TUNE_RESOLUTION = {"tiny": 3, "wide": 1}
+"""Samples and groups of layers of a part that `tune` measures; see `docs/tune.md`."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,27 @@ def samples_of(config: Pi05Config, seed: int, count: int = CALIBRATION_SAMPLES) 
     drawn = synthetic_samples(config, seed, count)
     for index in range(count):
         yield {name: values[index] for name, values in drawn.items()}
+
+
+def tuned(wanted: Tuned, name: str, setting: Setting, folder: Path) -> Recipe:
+    """Let `pi05c tune` choose; what it measured for an earlier recipe of the same model is not measured again."""
+    samples = folder / "tune.npz"
+    write_samples(samples, synthetic_samples(setting.config, 1, CALIBRATION_SAMPLES), synthetic=False)
+    result = tune(
+        setting.path,
+        folder / "tuned.toml",
+        passes=wanted.base,
+        calibration=[samples],
+        formats=wanted.formats,
+        max_error=wanted.limits[name],
+        minimize=wanted.minimize,
+        samples=TUNE_SAMPLES,
+        resolution=TUNE_RESOLUTION[name],
+        cache=folder / "cache",
+    )
+    return Recipe(
+        wanted.family, f"{wanted.label}, {wanted.limits[name]:g}", read_pipeline_file(result.recipe).text
+    )
 
 
 def measured(recipe: Recipe, settings: Sequence[Setting], sets: int, folder: Path) -> Row:
@@ -234,9 +292,12 @@ def main(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="fidelity-") as scratch:
             folder = Path(scratch)
             settings = MODELS[name](folder)
-            rows = []
-            for recipe in RECIPES:
-                if arguments.only in recipe.label:
+            rows: list[Row] = []
+            for wanted in (*RECIPES, *TUNED):
+                if arguments.only in wanted.label:
+                    recipe = (
+                        wanted if isinstance(wanted, Recipe) else tuned(wanted, name, settings[0], folder)
+                    )
                     rows.append(measured(recipe, settings, arguments.sets, folder))
                     print(f"{name}: {recipe.label}: {rows[-1].worst:.4f}", file=sys.stderr, flush=True)
         print(f"\n{name}\n\n{table(rows)}", flush=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pi05c.frontend.export import export_model as export
     from pi05c.inspection import inspect
     from pi05c.runtime import load
+    from pi05c.tuning import tune
     from pi05c.verification import run, verify
 
 _WHERE = {
@@ -27,10 +28,11 @@ _WHERE = {
     "inspect": ("pi05c.inspection", "inspect"),
     "load": ("pi05c.runtime", "load"),
     "run": ("pi05c.verification", "run"),
+    "tune": ("pi05c.tuning", "tune"),
     "verify": ("pi05c.verification", "verify"),
 }
 
-__all__ = ["build", "compile", "export", "extract", "inspect", "load", "run", "verify"]
+__all__ = ["build", "compile", "export", "extract", "inspect", "load", "run", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ _COMMANDS = (
     "bench",
     "diff",
     "bisect",
+    "tune",
     "golden",
     "debug",
     "view",

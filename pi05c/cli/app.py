@@ -121,8 +121,8 @@ CalibrationMethod = Annotated[
         help="Where quantizers clip: max, percentile{percent=99.99}, mse, entropy; {steps=joint} for all steps."
     ),
 ]
-Jobs = Annotated[int | None, typer.Option(help="Local processes that measure samples side by side.")]
-Dask = Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers measure samples.")]
+Jobs = Annotated[int | None, typer.Option(help="Local processes that measure side by side.")]
+Dask = Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers measure.")]
 
 
 def _print_version(asked: bool) -> None:
