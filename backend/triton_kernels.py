@@ -4,7 +4,8 @@ At the few rows of a denoising step a kernel takes as long as its latency. So a 
 weight in registers, split along K among its warps, whose sums it adds in a fixed order; and where the GPU has
 programmatic dependent launch (Hopper on), a kernel starts while the one before it runs, and reads its weights before it
 waits for it. What is read so early must have been complete before the kernel before began: constants, masks, and the
-cache of keys and values. Products run in float16 on the FP8 codes, which is exact.
+cache of keys and values. The kernel behind is let start at once where this kernel needs little of the GPU, else when
+its own wait is over. Products run in float16 on the FP8 codes, which is exact.
 
 Attention splits the cached positions among programs, each of which takes the softmax of its own; a second kernel
 weighs the parts. So probabilities are rounded before they are divided by their sum.
@@ -75,6 +76,8 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     k = tl.arange(0, BLOCK)
     if DEPENDENT and not EARLY:
         tl.extra.cuda.gdc_wait()
@@ -83,8 +86,6 @@ def _norm_kernel(
         shift = tl.load(norm_shift + k, mask=k < K, other=0.0)
     if DEPENDENT and EARLY:
         tl.extra.cuda.gdc_wait()
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
     place = tl.program_id(0) * K + k
     wide = tl.load(x + place, mask=k < K, other=0.0).to(tl.float32)
     wide = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / K + EPSILON)) * multiplier
@@ -123,6 +124,8 @@ def _row_linear_kernel(
     GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT and not GATE:
+        tl.extra.cuda.gdc_launch_dependents()
     length: tl.constexpr = K // GROUPS
     rows = tl.arange(0, BLOCK_M)[None, :, None]
     inner = tl.arange(0, GROUPS)[:, None, None] * length + tl.arange(0, BLOCK_K)[None, None, :]
@@ -139,6 +142,7 @@ def _row_linear_kernel(
         gates = tl.load(gate + columns)[None, :]
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+    if DEPENDENT and GATE:
         tl.extra.cuda.gdc_launch_dependents()
     if GATE and not EARLY:
         gates = tl.load(gate + columns)[None, :]
