@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format docs bench clean
+.PHONY: demo test fuzz check format docs bench clean
 
 # One stamp for each set of extras: the install runs again when what it depends on changes.
 $(VENV)/bin/python:
@@ -28,6 +28,16 @@ demo: $(VENV)/.demo
 test: check
 	$(BIN)/pi05c golden check golden
 	$(BIN)/python -m pytest -n 2 tests
+
+# Twenty times as many generated graphs as in `make test`, other ones each time; then ten minutes of bytes that look for
+# a way through the loader. Atheris has wheels for Python 3.11 and later on Linux.
+fuzz: $(VENV)/.fuzz
+	PI05C_FUZZ=20 $(BIN)/python -m pytest -n 2 tests/passes/test_generated.py tests/graph/test_generated_files.py tests/driver/test_spoiled.py
+	$(BIN)/python tests/fuzz/loader.py build/fuzz -max_total_time=600 -rss_limit_mb=4096
+
+$(VENV)/.fuzz: constraints.txt $(VENV)/.test
+	$(PIP) atheris
+	touch $@
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

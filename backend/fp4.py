@@ -31,11 +31,18 @@ _SUPPORTED = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Reshape
 def uses_fp4(graphs: Sequence[onnx.GraphProto]) -> bool:
     """Whether any tensor of the graphs is FP4, or any node makes it."""
     return any(
-        any(tensor.data_type == TensorProto.FLOAT4E2M1 for tensor in graph.initializer)
+        any(tensor.data_type == TensorProto.FLOAT4E2M1 for tensor in (*graph.initializer, *_constants(graph)))
         or any(node.domain == TENSORRT_DOMAIN and node.op_type == DYNAMIC for node in graph.node)
         or any(_makes_fp4(node) for node in graph.node)
         for graph in graphs
     )
+
+
+def _constants(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """The FP4 values of Constant nodes."""
+    nodes = (node for node in graph.node if node.op_type == "Constant" and not node.domain)
+    values = (attribute.t for node in nodes for attribute in node.attribute if attribute.name == "value")
+    return [value for value in values if value.data_type == TensorProto.FLOAT4E2M1]
 
 
 def _makes_fp4(node: onnx.NodeProto) -> bool:
@@ -43,6 +50,20 @@ def _makes_fp4(node: onnx.NodeProto) -> bool:
         attribute.name in ("to", "output_dtype") and attribute.i == TensorProto.FLOAT4E2M1
         for attribute in node.attribute
     )
+
+
+def _store_constants(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes of FP4 into initializers."""
+    kept = []
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
+        if value is not None and value.data_type == TensorProto.FLOAT4E2M1:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = node.output[0]
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 class Fp4Lowering:
@@ -68,6 +89,8 @@ class Fp4Lowering:
         """
         outer = self._graph, self._nodes
         self._graph, self._nodes = graph, []
+        if _constants(graph):
+            _store_constants(graph)
         for tensor in graph.initializer:
             if tensor.data_type == TensorProto.FLOAT4E2M1:
                 self._decode(tensor)
@@ -151,6 +174,11 @@ class Fp4Lowering:
             raise Pi05cError(
                 f"the shape of {node.input[0]!r}, which node {node.name!r} quantizes, is not known behind axis {axis}: "
                 "run shape inference on the model first"
+            )
+        if any(dim != 1 for dim in self._shapes.get(node.input[1], ())):
+            raise Pi05cError(
+                f"the scale {node.input[1]!r} of node {node.name!r} ({DYNAMIC}) holds several numbers, where it takes one: "
+                "merge them into the largest"
             )
         axis %= len(shape)
         x, factor = (self._float32(name) for name in node.input[:2])

@@ -15,7 +15,7 @@ this changes no bit. FP4, which it lacks altogether, is spelled out first (see `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx
@@ -63,6 +63,9 @@ _FLOAT8_TYPES = (
 _NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
 """Types that onnxruntime's Python API neither takes from nor gives to numpy."""
 
+KEPT = "EliminateIdentity"
+"""The optimizer of onnxruntime that must be disabled where a lowered model runs."""
+
 _TYPE_ATTRIBUTES = ("output_dtype", "dtype")
 
 
@@ -88,6 +91,7 @@ def lower(model: onnx.ModelProto) -> Lowered:
     Raises:
         Pi05cError: an operator computes in FP4 that cannot be spelled out, or the types of a graph contradict each other.
     """
+    repeated = _drop_repeated_names(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     respelled = spell_as_onnx(model)
@@ -96,7 +100,7 @@ def lower(model: onnx.ModelProto) -> Lowered:
     model = _with_types(model)
     fp4 = uses_fp4(list(graphs_in(model.graph)))
     lowering = _Lowering(_without_fp4(model) if fp4 else model)
-    lowering.result.changed = fp4 or respelled
+    lowering.result.changed = fp4 or respelled or repeated
     lowering.run()
     return lowering.result if lowering.result.changed else Lowered(model)
 
@@ -140,6 +144,7 @@ class _Lowering:
 
     def run(self) -> None:
         graph = self.result.model.graph
+        self._widen_sequences()
         scope = _Scope(graph, None)
         for value in graph.input:
             if value.type.tensor_type.elem_type in _NOT_IN_NUMPY:
@@ -151,6 +156,7 @@ class _Lowering:
                 value.name = self.result.fetches[value.name]
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
         self._finish(scope)
+        self._shield_captured_casts()
 
     def _lower_nodes(self, scope: _Scope) -> None:
         for node in scope.graph.node:
@@ -181,6 +187,43 @@ class _Lowering:
                         attribute.i = TensorProto.FLOAT
         scope.nodes += [node, *casts]
 
+    def _widen_sequences(self) -> None:
+        """Let sequences hold float32: what makes and reads one is widened like any other operator."""
+        for graph in graphs_in(self.result.model.graph):
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                element = value.type.sequence_type.elem_type.tensor_type
+                if value.type.HasField("sequence_type") and element.elem_type in self.native:
+                    element.elem_type = TensorProto.FLOAT
+            for node in graph.node:
+                for attribute in node.attribute:
+                    if node.op_type == "SequenceEmpty" and attribute.i in self.native:
+                        attribute.i = TensorProto.FLOAT
+
+    def _shield_captured_casts(self) -> None:
+        """Put an Identity behind each Cast to float16 that a body reads.
+
+        onnxruntime 1.32 removes float16 -> float32 -> float16 where nothing of the same graph reads the result, what it
+        drops in between included, and the body then misses an input. `KEPT` keeps it from dropping the Identity.
+        """
+        for graph in graphs_in(self.result.model.graph):
+            captured = {name for node in graph.node for body in bodies_of(node) for name in _read_in(body)}
+            nodes = []
+            for node in graph.node:
+                nodes.append(node)
+                to = (
+                    next((a.i for a in node.attribute if a.name == "to"), None)
+                    if node.op_type == "Cast"
+                    else None
+                )
+                if to == TensorProto.FLOAT16 and node.output[0] in captured:
+                    shielded = node.output[0]
+                    node.output[0] = self._new_name(shielded)
+                    nodes.append(onnx.helper.make_node("Identity", node.output, [shielded]))
+                    self.result.changed = True
+            if len(nodes) > len(graph.node):
+                del graph.node[:]
+                graph.node.extend(nodes)
+
     def _lacks(self, node: onnx.NodeProto, dtype: int) -> bool:
         return dtype in self.native and node.op_type not in self.native[dtype]
 
@@ -206,6 +249,26 @@ class _Lowering:
             new += "_"
         self.names.add(new)
         return new
+
+
+def _read_in(body: onnx.GraphProto) -> Iterator[str]:
+    for graph in graphs_in(body):
+        yield from (name for node in graph.node for name in node.input)
+        yield from (value.name for value in graph.output)
+
+
+def _drop_repeated_names(model: onnx.ModelProto) -> bool:
+    """Take away the names of nodes that others of their graph have: ONNX allows it, onnxruntime refuses it."""
+    found = False
+    for graph in graphs_in(model.graph):
+        seen: set[str] = set()
+        for node in graph.node:
+            if node.name in seen:
+                node.name = ""
+                found = True
+            elif node.name:
+                seen.add(node.name)
+    return found
 
 
 def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
@@ -257,4 +320,4 @@ def _names(model: onnx.ModelProto) -> set[str]:
     }
 
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["KEPT", "Lowered", "lower"]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from pi05c.backend.lowering import lower
+from pi05c.backend.lowering import KEPT, lower
 from pi05c.backend.signature import check_inputs, inputs_of, spec_of
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.read import read_proto
@@ -28,7 +28,7 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
 """onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
 
-_DISABLED_OPTIMIZERS = ["ConstantFolding", "LayerNormFusionL1", "LayerNormFusionL2"]
+_DISABLED_OPTIMIZERS = ["ConstantFolding", "LayerNormFusionL1", "LayerNormFusionL2", KEPT]
 """Folding would widen narrow weights in memory; the fusion makes a node of two types where a normalization in float32
 reads float16 (onnxruntime 1.32)."""
 

@@ -280,7 +280,7 @@ def _check_profiles(model_path: Path, profiles: Sequence[ShapeProfile]) -> None:
         )
     for name, spec in specs.items():
         if name in by_name:
-            _check_profile(by_name[name], spec)
+            check_profile(by_name[name], spec)
         elif spec.is_dynamic:
             raise Pi05cError(
                 f"input {spec} has dimensions that are not fixed: give its minimum, optimum and maximum shape, or "
@@ -288,7 +288,8 @@ def _check_profiles(model_path: Path, profiles: Sequence[ShapeProfile]) -> None:
             )
 
 
-def _check_profile(profile: ShapeProfile, spec: TensorSpec) -> None:
+def check_profile(profile: ShapeProfile, spec: TensorSpec) -> None:
+    """Raise a UsageError that names both where the shapes of a profile are not such as an input can have."""
     shapes = (profile.min, profile.opt, profile.max)
     fits = all(len(shape) == len(spec.shape) for shape in shapes) and all(
         0 < low <= usual <= high and (not isinstance(dim, int) or low == high == dim)

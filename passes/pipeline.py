@@ -17,7 +17,8 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
 from pi05c.graph.opset import raise_opset
 from pi05c.graph.ranges import Ranges, Wanted
-from pi05c.graph.sort import scopes, sort_graph
+from pi05c.graph.scopes import scopes
+from pi05c.graph.sort import sort_graph
 from pi05c.passes.contract import REGISTRY, LimitReached, Pass, PassContext, Skip
 
 _ITEM = re.compile(r"(?P<minus>-?)(?P<name>\w+)(?:\{(?P<options>[^{}]*)\})?\Z")
@@ -170,12 +171,13 @@ def run(
 
     Raises:
         MissingRangesError: a pass needs ranges and there are none.
-        InvalidGraphError: a pass left a graph that is not valid.
+        InvalidGraphError: a pass left a graph that is not valid. What is wrong with it already is blamed on no pass.
         Pi05cError: the graph is not valid as it is given.
     """
     if steps:
         refuse_invalid(model)
     results: list[StepResult] = []
+    known = set(problems(model)) if steps else set()
     ranges: Ranges | None = None
     asked = False
     for index, step in enumerate(steps):
@@ -186,7 +188,7 @@ def run(
             needed = wanted(model, steps[index:])
             ranges = calibrate(model, needed) if calibrate is not None and needed.tensors else None
         with _without_collection():
-            results.append(_run_step(model, step, ranges, dry))
+            results.append(_run_step(model, step, ranges, dry, known))
         if after_step is not None:
             after_step(model, results[-1])
     return results
@@ -204,7 +206,8 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> StepResult:
+def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool, known: set[str]) -> StepResult:
+    """Run one step; `known` is what was wrong with the graph before."""
     spec = step.spec
     if spec.ranges is not None and not spec.ranges_optional and ranges is None:
         wanted = list(spec.ranges(model.graph, **step.options))
@@ -225,9 +228,9 @@ def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool) -> Ste
     remove_dead(model.graph)
     seconds = time.perf_counter() - start
     if ctx.rewrites:
-        found = problems(model)
-        if found:
-            message = f"pass {spec.name} left a graph that is not valid: {found[0]}"
+        fresh = [problem for problem in problems(model) if problem not in known]
+        if fresh:
+            message = f"pass {spec.name} left a graph that is not valid: {fresh[0]}"
             raise InvalidGraphError(message, tuple(ctx.rewrites))
     return StepResult(
         step, tuple(ctx.rewrites), tuple(ctx.skips), tuple(ctx.notes), seconds, before, _node_count(model)

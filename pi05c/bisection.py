@@ -24,8 +24,9 @@ from pi05c.criterion import CheckCommand, Criterion, ErrorCriterion, Verdict
 from pi05c.cutout import cut_out
 from pi05c.diffing import diff_files
 from pi05c.folder import scratch
+from pi05c.graph.check import load_valid
 from pi05c.graph.errors import Pi05cError, UsageError, unwritable
-from pi05c.graph.io import DataFolder, Model, load, location_of, save, tensors
+from pi05c.graph.io import DataFolder, Model, location_of, save, tensors
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.read import read_proto
 from pi05c.guilt import AFTER, BEFORE, BisectResult, Guilty, Replay, Trial, write_readme
@@ -182,7 +183,7 @@ def _run(
 ) -> _Stages:
     """Run the passes once, and dump every stage."""
     chosen = plan(passes, options)
-    plain = load(path)
+    plain = load_valid(path)
     found = samples_for(plain, chosen.steps, calibration, progress)
     calibrate = Calibrator(chosen, None if found is None else found.measured, progress, cache=cache)
     stages = StageFolder(folder, chosen.text)

@@ -9,13 +9,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from pi05c.backend import inductor, tensorrt
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.inductor import CPU, INDUCTOR, InductorOptions, Package
+from pi05c.backend.signature import inputs_of
 from pi05c.backend.targets import Flavour, Target, parse_targets, target_of, unsupported
 from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
 from pi05c.folder import FAILED_BUILD, GRAPH, PACKAGE, PLAN, REPORT, inside
+from pi05c.graph.check import weights_as_inputs
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.graph.io import Model, to_proto
 from pi05c.manifest import (
     EngineRecord,
     Manifest,
@@ -189,6 +194,53 @@ def refuse_without_profile(builder: Builder, inputs: Sequence[TensorRecord]) -> 
                 )
                 + "export the model with fixed sizes"
             )
+
+
+def refuse_impossible_shapes(builder: Builder, model: Model) -> None:
+    """Refuse shapes that an input cannot have, or that something in the graph cannot take, before anything is built.
+
+    Raises:
+        UsageError: names the input, or the node with the shapes that it would get.
+    """
+    if not isinstance(builder.options, BuildOptions) or not builder.options.profiles:
+        return
+    proto, _ = to_proto(model)
+    specs = {spec.name: spec for spec in inputs_of(proto.graph)}
+    weights_as_inputs(proto.graph)
+    for profile in builder.options.profiles:
+        tensorrt.check_profile(profile, specs[profile.name])
+    for kind in ("min", "opt", "max"):
+        shapes = {profile.name: getattr(profile, kind) for profile in builder.options.profiles}
+        for value in proto.graph.input:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+                dim.dim_value = size
+        try:
+            onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+        except onnx.shape_inference.InferenceError as error:
+            given = ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items())
+            raise UsageError(
+                f"--shapes {given} do not fit the graph: {_where_it_fails(proto, str(error))}; export the model for these "
+                "sizes, or give those that it was exported for"
+            ) from error
+
+
+def _where_it_fails(proto: onnx.ModelProto, message: str) -> str:
+    """The node that shape inference fails at, with the shapes of its inputs as far as they are known."""
+    reason = " ".join(message.split())
+    named = re.search(r"op_type:\w+, node name: (.*?)\)", message)
+    node = next((n for n in proto.graph.node if named is not None and n.name == named[1]), None)
+    if node is None:
+        return reason
+    typed = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    known = {
+        value.name: [
+            dim.dim_value if dim.HasField("dim_value") else "?" for dim in value.type.tensor_type.shape.dim
+        ]
+        for value in (*typed.value_info, *typed.input)
+    }
+    known.update((tensor.name, list(tensor.dims)) for tensor in typed.initializer)
+    sizes = [f"{name!r} [{', '.join(map(str, known[name]))}]" for name in node.input if name in known]
+    return f"{node.op_type} {node.name!r} gets {' and '.join(sizes)}"
 
 
 def parse_profile(text: str) -> ShapeProfile:
@@ -377,6 +429,7 @@ __all__ = [
     "choose",
     "engine_record",
     "parse_profile",
+    "refuse_impossible_shapes",
     "refuse_unsupported",
     "refuse_without_profile",
 ]

@@ -22,6 +22,7 @@ from pi05c.building import (
     built,
     choose,
     engine_record,
+    refuse_impossible_shapes,
     refuse_unsupported,
     refuse_without_profile,
 )
@@ -289,6 +290,7 @@ def _prepare(
         check_output(output, inputs=[path, *data_files(plain), *given])
         parts = None if grouping is None else cut(path, grouping)
         refuse_without_profile(builder, tensor_records(plain.graph.inputs))
+        refuse_impossible_shapes(builder, plain)
         samples = samples_for(plain, steps, calibration, progress)
         read = {path, *data_files(plain), *(() if samples is None else samples.files)}
         stamps = {file: stamp(file.stat()) for file in read if file.exists()}

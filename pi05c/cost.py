@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.backend.devices import Device
 from pi05c.folder import GRAPH
-from pi05c.graph.check import refuse_invalid
+from pi05c.graph.check import load_valid
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.kernels import KINDS, Kernel, kernels_of
@@ -84,7 +84,7 @@ def cost_of(path: Path | str) -> tuple[Kernel, ...]:
     """
     path = Path(path)
     if not path.is_dir():
-        return kernels_of(load(path))
+        return kernels_of(load_valid(path))
     runs = {part.name: part.runs for part in read_manifest(path).parts} or {"": 1}
     return tuple(
         replace(kernel, times=kernel.times * count)
@@ -196,8 +196,7 @@ def cost_after_each_pass(
     from pi05c.plugins import parse_passes
 
     steps = parse_passes(passes, plugins)
-    model = load(path)
-    refuse_invalid(model)
+    model = load_valid(path)
     found = [PassCost("", 0, kernels_of(model))]
 
     def after_step(current: Model, result: pipeline.StepResult) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pi05c.cost import AssumedRanges
+from pi05c.graph.check import load_valid
 from pi05c.graph.clone import collection_paused
 from pi05c.graph.errors import UsageError
-from pi05c.graph.io import Model, load
+from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.nodechanges import Place, Rewrite, Snapshot, Told
 from pi05c.passes import REGISTRY
@@ -157,7 +158,7 @@ class _RangeSource:
             self.source = f"recorded beside {run.start.name}: {recorded.source}"
             self._calibrate = lambda _model, _wanted: recorded
         elif calibration:
-            samples = samples_for(load(self._model), run.steps, calibration, self._progress)
+            samples = samples_for(load_valid(self._model), run.steps, calibration, self._progress)
             if samples is not None:
                 self.source = f"measured on {len(samples.measured)} samples of {samples.measured.source}"
                 self._calibrate = Calibrator(run, samples.measured, self._progress, cache=cache)

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.signature import TensorSpec
-from pi05c.graph.check import problems
+from pi05c.graph.check import load_valid, problems
 from pi05c.graph.dtypes import FLOAT32, to_numpy, to_onnx
 from pi05c.graph.edit import Editor, Names, detach, keep_between, producer
 from pi05c.graph.errors import Pi05cError, UsageError
@@ -109,7 +109,7 @@ def complete_grouping(path: Path, wanted: Grouping) -> Grouping:
     Raises:
         Pi05cError: the model lacks a part that is wanted.
     """
-    graph = load(path).graph
+    graph = load_valid(path).graph
     present = present_parts(graph)
     named = {"denoise" if part == STEP else _part(part) for group in wanted for part in group}
     for part in PARTS:
@@ -145,7 +145,7 @@ def extract(path: Path, grouping: Grouping, index: int) -> PartGraph:
     Raises:
         Pi05cError: the graph cannot be cut there.
     """
-    model = load(path)
+    model = load_valid(path)
     graph = model.graph
     group = grouping[index]
     by_step = grouping[-1] == (STEP,)
@@ -339,7 +339,7 @@ def extract_part(
     with progress.stage("cut"):
         found = extract(path, grouping, grouping.index(wanted[0]))
         beside = path.with_name(path.stem + SIDECAR_SUFFIX).is_file()
-        samples = find_samples(load(path), calibration or ([SYNTHETIC] if beside else []))
+        samples = find_samples(load_valid(path), calibration or ([SYNTHETIC] if beside else []))
     with progress.stage("write the graph"):
         save(found.model, output)
         if found.step is not None:
@@ -399,7 +399,7 @@ def _take_step(model: Model, loop: FlowLoop, entering: Sequence[Crossing]) -> No
 
 def _step_table(path: Path) -> Model:
     """The graph from time and factor to `step_row`."""
-    model = load(path)
+    model = load_valid(path)
     graph = model.graph
     loop = _flow_loop(path, graph)
     state, result = origin(loop.state.initial).name, loop.state.result.name

@@ -14,8 +14,9 @@ import onnx_graphsurgeon as gs
 
 from pi05c.backend.signature import TensorSpec
 from pi05c.folder import GRAPH
+from pi05c.graph.check import load_valid
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
-from pi05c.graph.io import Model, load, scopes
+from pi05c.graph.io import Model, scopes
 from pi05c.graph.specialization import FixedInput, fixed_inputs
 from pi05c.graph.weights import weight_of
 from pi05c.manifest import Manifest, PrecisionRecord, SourceRecord, TensorRecord, read_manifest, sha256
@@ -78,7 +79,7 @@ def inspect(path: Path | str) -> Inspection:
     path = Path(path)
     manifest = read_manifest(path) if path.is_dir() else None
     places = [""] if manifest is None else manifest.places
-    models = [load(path / place / GRAPH if manifest is not None else path) for place in places]
+    models = [load_valid(path / place / GRAPH if manifest is not None else path) for place in places]
     model = models[0]
     graphs = [model.graph for model in models]
     nodes = [node for graph in graphs for scope in scopes(graph) for node in scope.nodes]

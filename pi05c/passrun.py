@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 from pi05c.backend.targets import Target, parse_targets
 from pi05c.calibration import MeasuredRanges, cached_ranges
 from pi05c.fitting import fitting, planned_inputs
+from pi05c.graph.check import load_valid
 from pi05c.graph.errors import UsageError
-from pi05c.graph.io import Model, load
+from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.text import canonical_text
 from pi05c.passes.pipeline import AfterStep, Step, StepResult
@@ -83,7 +84,7 @@ class Plan:
 
     def load(self, model: Path) -> Model:
         """The graph that the steps run on, where `model` is the plain graph."""
-        return load(model) if self.start is None else load_stage(self.start)[0]
+        return load_valid(model) if self.start is None else load_stage(self.start)[0]
 
 
 def plan(passes: str | None, options: RunOptions) -> Plan:
@@ -437,7 +438,7 @@ def run_passes(
     progress, options = progress or Progress(), options or RunOptions()
     method = parse_method(calibration_method)
     chosen = plan(passes, options)
-    plain = model if isinstance(model, Model) else load(model)
+    plain = model if isinstance(model, Model) else load_valid(model)
     samples = None
     if calibration or _uses_samples(chosen, options):
         samples = samples_for(plain, chosen.steps, calibration, progress)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pi05c.backend.lowering import lower
+from pi05c.backend.lowering import KEPT, lower
 from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
@@ -203,7 +203,7 @@ class ProbedGraph:
                 zlib.decompress(self._packed),
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"],  # else bfloat16 weights are widened and kept
+                disabled_optimizers=["ConstantFolding", KEPT],  # else bfloat16 weights are widened and kept
             )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error

@@ -86,7 +86,8 @@ def find_attention(graph: gs.Graph) -> tuple[list[Attention], list[NotAttention]
 
 def attention_operators(graph: gs.Graph) -> list[gs.Node]:
     """Attentions that are one operator (ONNX 23, onnxruntime's own), whose inside no pass reaches."""
-    return [node for _, node in each_node(graph, "Attention", "MultiHeadAttention", "GroupQueryAttention")]
+    own = ("com.microsoft::Attention", "MultiHeadAttention", "GroupQueryAttention")
+    return [node for _, node in each_node(graph, "Attention", *own)]
 
 
 def _match(softmax: Softmax, outputs: set[int]) -> Attention | str:

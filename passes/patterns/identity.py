@@ -26,7 +26,14 @@ def fingerprint(constant: gs.Constant) -> Hashable:
 def operation(node: gs.Node) -> Hashable:
     """What a node does, whatever its inputs are: operator, attributes and which outputs it makes."""
     attributes = tuple((key, _plain(value)) for key, value in sorted(node.attrs.items()))
-    return node.domain or "", node.op, attributes, tuple(bool(tensor.name) for tensor in node.outputs)
+    overload = getattr(node, "overload", "")
+    return (
+        node.domain or "",
+        node.op,
+        overload,
+        attributes,
+        tuple(bool(tensor.name) for tensor in node.outputs),
+    )
 
 
 class ValueNumbers:

@@ -104,7 +104,9 @@ def selected_by(node: gs.Node) -> dict[int, Array] | None:
         return {axis: np.where(taken < 0, taken + shape[axis], taken)}
     if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:] if tensor.name):
         return None
-    starts, ends, *rest = (array_of(tensor).tolist() if tensor.name else [] for tensor in node.inputs[1:])
+    starts, ends, *rest = (
+        array_of(tensor).reshape(-1).tolist() if tensor.name else [] for tensor in node.inputs[1:]
+    )
     axes, steps = [*rest, [], []][:2]
     axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     if any(step < 1 for step in steps):
@@ -117,6 +119,8 @@ def selected_by(node: gs.Node) -> dict[int, Array] | None:
 
 def groups(inner: Sequence[int], outer: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The axes of two shapes of equal size that belong together, as Reshape keeps the order of elements."""
+    if 0 in inner or 0 in outer:  # which of no elements belong together cannot be said
+        return [(list(range(len(inner))), list(range(len(outer))))]
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(inner) or j < len(outer):

@@ -92,9 +92,12 @@ def output_ids(graph: gs.Graph) -> set[int]:
 
 
 def static_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
-    """The shape of a tensor where every dimension is a known number."""
+    """The shape of a tensor where every dimension is a known number; None of a tensor without elements too.
+
+    What computes nothing is not worth a rewrite, and sizes of zero would have to be thought of in every one.
+    """
     shape = tensor.shape
-    if shape is None or not all(isinstance(dim, (int, np.integer)) for dim in shape):
+    if shape is None or not all(isinstance(dim, (int, np.integer)) and dim > 0 for dim in shape):
         return None
     return tuple(int(dim) for dim in shape)
 

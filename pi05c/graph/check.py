@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN
+from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN, bare_name
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, scopes, to_proto
+from pi05c.graph.io import Model, load, scopes, to_proto
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, array_of
 
@@ -29,13 +32,14 @@ def problems(model: Model) -> list[str]:
     declared with another type than it has. Weights are not read.
     """
     reason, declared = _checked(model)
-    found = [*_duplicate_nodes(model.graph), *_bad_scales(model.graph)]
+    found = [*_bad_bodies(model.graph), *repeated_names(model.graph), *_bad_scales(model.graph)]
     return [*found, *(declared if reason is None else [reason])]
 
 
 def invalid(model: Model) -> str | None:
-    """Why a model is not valid ONNX, by onnx's checker with full type inference; None if it is."""
-    return _checked(model)[0]
+    """Why a model is not valid ONNX, by onnx's checker with full type inference, and by what it misses: bodies that take
+    or give another number of tensors than their node; None if it is."""
+    return next(iter(_bad_bodies(model.graph)), None) or _checked(model)[0]
 
 
 def refuse_invalid(model: Model) -> None:
@@ -53,13 +57,18 @@ def _checked(model: Model) -> tuple[str | None, list[str]]:
     """What onnx says, and the outputs of a valid model that have another type than they are declared with."""
     proto, _ = to_proto(model)
     declared = {output.name: output.type.tensor_type.elem_type for output in proto.graph.output}
-    _weights_as_inputs(proto.graph)
+    weights_as_inputs(proto.graph)
     if not proto.graph.name:
         proto.graph.name = "graph"  # the checker asks for one, and nothing else does
     try:
         onnx.checker.check_model(proto, full_check=False)
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         return " ".join(str(error).split()), []
     actual = {output.name: output.type.tensor_type.elem_type for output in inferred.graph.output}
     return None, [
@@ -67,6 +76,17 @@ def _checked(model: Model) -> tuple[str | None, list[str]]:
         for name in declared
         if actual[name] != declared[name]
     ]
+
+
+def load_valid(path: Path | str) -> Model:
+    """Read an ONNX model whose graph is valid, as what looks for patterns in one takes for granted.
+
+    Raises:
+        Pi05cError: as `load`; or what is not valid.
+    """
+    model = load(path)
+    refuse_invalid(model)
+    return model
 
 
 def unseen_problems(model: Model) -> list[str]:
@@ -110,14 +130,16 @@ def _odd_types(node: gs.Node) -> list[str]:
 def _unknown_domains(graph: gs.Graph) -> list[str]:
     own = {(function.domain, function.name) for function in graph.functions}
     return [
-        f"{node.op} {node.name!r} is of the domain {node.domain!r}, which no backend knows"
+        f"{bare_name(node)} {node.name!r} is of the domain {node.domain!r}, which no backend knows"
         for scope in scopes(graph)
         for node in scope.nodes
-        if node.domain not in (*STANDARD_DOMAINS, TENSORRT_DOMAIN) and (node.domain, node.op) not in own
+        if node.domain not in (*STANDARD_DOMAINS, TENSORRT_DOMAIN)
+        and (node.domain, bare_name(node)) not in own
     ]
 
 
-def _duplicate_nodes(graph: gs.Graph) -> list[str]:
+def repeated_names(graph: gs.Graph) -> list[str]:
+    """Names that several nodes have, each in a sentence."""
     seen: set[str] = set()
     found = []
     for scope in scopes(graph):
@@ -126,6 +148,36 @@ def _duplicate_nodes(graph: gs.Graph) -> list[str]:
                 found.append(f"node name {node.name!r} is used twice")
             seen.add(node.name)
     return found
+
+
+def _bad_bodies(graph: gs.Graph) -> list[str]:
+    return [
+        f"the {key} of {node.op} {node.name!r} {problem}"
+        for scope in scopes(graph)
+        for node in scope.nodes
+        for key, problem in (_misfits(node) if node.op in ("Loop", "Scan", "If") else ())
+    ]
+
+
+def _misfits(node: gs.Node) -> Iterator[tuple[str, str]]:
+    """Bodies that do not fit their node, with what does not."""
+    for key in ("then_branch", "else_branch") if node.op == "If" else ("body",):
+        body = node.attrs.get(key)
+        if not isinstance(body, gs.Graph):
+            yield key, "is no graph"
+            continue
+        states, scans = len(node.inputs) - 2, 0
+        if node.op == "Scan":
+            scans = int(node.attrs.get("num_scan_inputs", 0))
+            states = len(node.inputs) - scans
+        taken, least = {"If": (0, 0), "Loop": (2 + states, 1 + states), "Scan": (states + scans, states)}[
+            node.op
+        ]
+        if len(body.inputs) != taken:
+            yield key, f"takes {len(body.inputs)} tensors, where the node gives it {taken}"
+        given = len(body.outputs) - (node.op == "Loop")
+        if len(body.outputs) < least or given < len(node.outputs):
+            yield key, f"gives {len(body.outputs)} tensors, which are too few"
 
 
 def _bad_scales(graph: gs.Graph) -> list[str]:
@@ -139,7 +191,7 @@ def _bad_scales(graph: gs.Graph) -> list[str]:
     return found
 
 
-def _weights_as_inputs(graph: onnx.GraphProto) -> None:
+def weights_as_inputs(graph: onnx.GraphProto) -> None:
     """Turn initializers without bytes, in bodies too, into inputs of the graph, which the checker accepts."""
     known = {value.name for value in graph.input}
     for scope in list(graphs_in(graph)):

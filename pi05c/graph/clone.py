@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.carried import CARRIED
 from pi05c.graph.edit import Names
 
 
@@ -47,7 +48,7 @@ def clone_node(node: gs.Node, tensors: MutableMapping[int, gs.Tensor], names: Na
         outputs=[_clone_variable(tensor, tensors, names, prefix) for tensor in node.outputs],
         domain=node.domain,
     )
-    for kept in ("metadata", "doc_string"):
+    for kept in CARRIED:
         if hasattr(node, kept):
             setattr(clone, kept, getattr(node, kept))
     return clone

@@ -14,6 +14,7 @@ from typing import Literal
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.align import Alignment, align, same_shape
+from pi05c.graph.domains import full_name
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.text import declared, initializer_line, initializer_text, node_line
 from pi05c.graph.wiring import MISSING, Wiring
@@ -195,7 +196,7 @@ class _Comparison:
         details: list[str] = []
         if (old.op, old.domain or "") != (new.op, new.domain or ""):
             kinds.append("changed")
-            details.append(f"operator: {_operator(old)} -> {_operator(new)}")
+            details.append(f"operator: {full_name(old)} -> {full_name(new)}")
         before, after = self.a.attributes[x], self.b.attributes[y]
         if before != after:
             kinds += ["changed"] if "changed" not in kinds else []
@@ -315,10 +316,6 @@ def _type_of(tensor: gs.Tensor) -> str:
 
 def _reads(side: Wiring, tensor: int) -> str:
     return "nothing" if tensor == MISSING else f"%{side.tensors[tensor].name}"
-
-
-def _operator(node: gs.Node) -> str:
-    return f"{node.domain}::{node.op}" if node.domain else str(node.op)
 
 
 def _called(node: gs.Node) -> str:

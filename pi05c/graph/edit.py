@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy, to_onnx
 from pi05c.graph.runner import Array
-from pi05c.graph.sort import captured_by, scopes, scopes_of, sort_graph
+from pi05c.graph.scopes import scopes, scopes_of
+from pi05c.graph.sort import captured_by, sort_graph
 from pi05c.graph.weights import InMemory, Weight
 
 

@@ -8,7 +8,6 @@ What onnx-graphsurgeon 0.6 drops (metadata of model and nodes, doc strings, doma
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import time
@@ -23,15 +22,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from pi05c.graph import carried
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.inference import with_types
 from pi05c.graph.read import about, read_proto, refuse_overlaps, weight_of_tensor
-from pi05c.graph.sort import scopes, sort_proto
+from pi05c.graph.scopes import scopes
+from pi05c.graph.sort import sort_proto
 from pi05c.graph.spelling import spell_as_onnx
-from pi05c.graph.walk import bodies_of, graphs_in
+from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
 from pi05c.graph.wellformed import refuse_misused_operators
 
@@ -98,15 +99,16 @@ def model_from_proto(
     Raises:
         Pi05cError: as `load`; or two tensors of one graph share a name.
     """
+    carried.refuse_unknown(proto)
     spell_as_onnx(proto)
     for graph in graphs_in(proto.graph):
         sort_proto(graph)
         _refuse_duplicates(graph)
-    proto = _with_types(proto)
+    proto = with_types(proto)
+    carried.refuse_unknown(proto)
+    taken = carried.take(proto)
     graph = gs.import_onnx(proto)
-    for old, new in zip(_nodes(proto.graph), _gs_nodes(graph), strict=True):
-        new.metadata = {prop.key: prop.value for prop in old.metadata_props}
-        new.doc_string = old.doc_string
+    carried.attach(proto, graph, taken)
     for constant in _constants(graph):
         constant._values = (weights or {}).get(constant.name) or weight_of_tensor(
             constant._values.tensor, base
@@ -131,14 +133,12 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     for constant in _constants(model.graph):
         weight = weight_of(constant)
         pending[f"{PENDING}{id(weight)}"] = weight
-    proto = gs.export_onnx(model.graph, do_type_check=False)
+    with carried.set_aside(model.graph):
+        proto = gs.export_onnx(model.graph, do_type_check=False)
     _store_shared_constants_once(model.graph, proto.graph)
     if not all(value.type.tensor_type.elem_type for value in proto.graph.output):
-        proto = _with_types(proto)
-    for old, new in zip(_gs_nodes(model.graph), _nodes(proto.graph), strict=True):
-        new.doc_string = getattr(old, "doc_string", "")
-        for key, value in getattr(old, "metadata", {}).items():
-            new.metadata_props.add(key=key, value=value)
+        proto = with_types(proto)
+    carried.restore(model.graph, proto)
     for key, value in model.metadata.items():
         proto.metadata_props.add(key=key, value=value)
     proto.doc_string = model.doc_string
@@ -146,7 +146,7 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     proto.model_version = model.model_version
     for tensor in tensors(proto):
         location = location_of(tensor)
-        if location in pending and pending[location].nbytes <= INLINE_BYTES:
+        if location in pending and (pending[location].nbytes <= INLINE_BYTES or _is_text(pending[location])):
             make_inline(tensor, pending[location])
     return proto, pending
 
@@ -162,7 +162,7 @@ def to_whole_proto(model: Model) -> onnx.ModelProto:
 
 def infer_types(model: Model) -> None:
     """Give the tensors that have no type or no static shape what onnx's inference finds, in place, without weights."""
-    _fill_types(model.graph, _with_types(to_proto(model)[0]).graph)
+    _fill_types(model.graph, with_types(to_proto(model)[0]).graph)
 
 
 def _fill_types(graph: gs.Graph, proto: onnx.GraphProto) -> None:
@@ -387,33 +387,15 @@ def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
         yield from attribute.tensors
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
-
-
-def _gs_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
-    """Nodes in the order of `_nodes`."""
-    for node in graph.nodes:
-        yield node
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                yield from _gs_nodes(value)
-
-
 def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
     seen: set[int] = set()
-    for scope in scopes(graph):
+    for scope in (*scopes(graph), *(scope for function in graph.functions for scope in scopes(function))):
         used = [tensor for node in scope.nodes for tensor in node.inputs]
         attributes = [value for node in scope.nodes for value in node.attrs.values()]
         for tensor in (*used, *scope.outputs, *attributes):
             if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                if not isinstance(tensor._values, SparseValues):
-                    yield tensor
+                yield tensor
 
 
 def _store_shared_constants_once(graph: gs.Graph, proto: onnx.GraphProto) -> None:
@@ -428,7 +410,7 @@ def _store_shared_constants_once(graph: gs.Graph, proto: onnx.GraphProto) -> Non
         read = [*scope.inputs, *scope.outputs, *(t for n in scope.nodes for t in (*n.inputs, *n.outputs))]
         for key, tensor in {id(tensor): tensor for tensor in read}.items():
             owners.setdefault(tensor.name, set()).add(key)
-            if isinstance(tensor, gs.Constant) and not isinstance(tensor._values, SparseValues):
+            if isinstance(tensor, gs.Constant):
                 constants[key] = tensor
                 readers[key] = readers.get(key, 0) + 1
     shared = {
@@ -481,16 +463,22 @@ def _inline_constant_nodes(graph: gs.Graph) -> None:
         output = node.outputs[0]
         node.outputs.clear()
         output.to_constant(value)
+        carried.describe(output, node)
     graph.nodes = kept
 
 
 def _constant_value(node: gs.Node) -> Weight | None:
     """The tensor of a Constant node; `value_float` is FLOAT by the operator's specification."""
-    (key, value), *_ = node.attrs.items()
+    if len(node.attrs) != 1 or len(node.outputs) != 1:
+        return None
+    ((key, value),) = node.attrs.items()
     if key == "value":
         return weight_of(value) if isinstance(value, gs.Constant) else None
     kinds = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
     if key not in kinds:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(number, (int, float)) for number in numbers):
         return None
     return InMemory(np.asarray(value, kinds[key]))
 
@@ -499,7 +487,15 @@ def make_inline(tensor: onnx.TensorProto, weight: Weight) -> None:
     """Put the values of a weight into a tensor that referred to them."""
     del tensor.external_data[:]
     tensor.ClearField("data_location")
-    tensor.raw_data = bytes(stored_bytes(weight.load()))
+    if _is_text(weight):
+        tensor.string_data.extend(str(value).encode() for value in weight.load().reshape(-1))
+    else:
+        tensor.raw_data = bytes(stored_bytes(weight.load()))
+
+
+def _is_text(weight: Weight) -> bool:
+    """Whether it holds strings, which ONNX stores in a field of their own and never in another file."""
+    return weight.dtype == np.dtype(object)
 
 
 def point_to_file(tensor: onnx.TensorProto, weight: Weight, base: Path | None) -> bool:
@@ -537,50 +533,6 @@ def _refuse_duplicates(graph: onnx.GraphProto) -> None:
                     f"tensor {output!r} is produced twice (second by node {node.name!r}): names must be unique"
                 )
             seen.add(output)
-
-
-def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Infer element types and shapes; a model for which that fails keeps what it declares.
-
-    onnx's inference does not look outside a body for the constant that a Reshape or Expand in it reads, so each body
-    is lent those for the time.
-    """
-    lent = _lend_shapes(proto.graph, {})
-    try:
-        with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except onnx.checker.ValidationError as error:  # of its functions
-        raise Pi05cError(f"the model is not valid ONNX: {' '.join(str(error).split())}") from error
-    for body, count in zip(list(graphs_in(proto.graph))[1:], lent, strict=True):
-        del body.initializer[len(body.initializer) - count :]
-    return proto
-
-
-def _lend_shapes(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> list[int]:
-    """Give each body the small integer constants that it captures; how many each got, in the order of `graphs_in`."""
-    known = {**outer, **{tensor.name: tensor for tensor in graph.initializer if _is_shape(tensor)}}
-    for node in graph.node:
-        value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
-        if value is not None and _is_shape(value):
-            known[node.output[0]] = value
-    counts = []
-    for node in graph.node:
-        for body in bodies_of(node):
-            own = {value.name for value in (*body.input, *body.initializer)}
-            own.update(output for inner in body.node for output in inner.output)
-            read = dict.fromkeys(name for inner in body.node for name in inner.input if name not in own)
-            captured = [name for name in read if name in known]
-            deeper = _lend_shapes(body, {name: known[name] for name in known if name not in own})
-            for name in captured:
-                body.initializer.add().CopyFrom(known[name])
-                body.initializer[-1].name = name
-            counts += [len(captured), *deeper]
-    return counts
-
-
-def _is_shape(tensor: onnx.TensorProto) -> bool:
-    inline = tensor.data_location != onnx.TensorProto.EXTERNAL
-    return tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) <= 1 and inline
 
 
 __all__ = [

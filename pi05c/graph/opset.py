@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import onnx
 import onnx.version_converter
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from pi05c.graph.carried import CARRIED, attributes_of
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
@@ -88,7 +88,7 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
 
     None where the node stays as it is. `forms` holds the answers for nodes that differ in names only.
     """
-    attributes = OnnxExporter.export_attributes(node.attrs)
+    attributes = attributes_of(node.attrs)
     key = (
         node.op,
         tuple(sorted(attribute.SerializeToString() for attribute in attributes)),
@@ -164,7 +164,7 @@ def _replacement(node: gs.Node, converted: bytes, names: Names) -> list[gs.Node]
         for tensor in new.outputs:
             if tensor.name and id(tensor) not in taken:
                 tensor.name = names.unique(f"{new.name}.{tensor.name}")
-        for kept in ("metadata", "doc_string"):
+        for kept in CARRIED:
             if hasattr(node, kept):
                 setattr(new, kept, getattr(node, kept))
     for new in part.nodes:

@@ -6,13 +6,14 @@ of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.scopes import scopes, scopes_of
 from pi05c.graph.walk import bodies_of
 
 _Node = TypeVar("_Node")
@@ -71,20 +72,6 @@ def _sort_nodes(graph: gs.Graph) -> None:
         lambda node: node.name,
     )
     graph.nodes = [graph.nodes[index] for index in order]
-
-
-def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
-    """The graph and every subgraph inside it, outer before inner."""
-    yield graph
-    for node in graph.nodes:
-        yield from scopes_of(node)
-
-
-def scopes_of(node: gs.Node) -> Iterator[gs.Graph]:
-    """Every subgraph of a node, outer before inner."""
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            yield from scopes(value)
 
 
 def captured_by(node: gs.Node) -> list[gs.Tensor]:

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import full_name
 from pi05c.graph.dtypes import name_of
 from pi05c.graph.weights import weight_of
 
@@ -54,10 +57,9 @@ def node_line(node: gs.Node) -> str:
     """`%y: float32[4] = Add(%x, %b) {...}`, without the node's subgraphs."""
     outputs = ", ".join(declared(tensor) if tensor.name else "_" for tensor in node.outputs)
     inputs = ", ".join(f"%{escaped(tensor.name)}" if tensor.name else "_" for tensor in node.inputs)
-    op = escaped(f"{node.domain}::{node.op}" if node.domain else node.op)
     attributes = {key: value for key, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)}
     listed = ", ".join(f"{escaped(key)}={attribute_text(key, value)}" for key, value in attributes.items())
-    return f"{outputs} = {op}({inputs})" + (f" {{{listed}}}" if listed else "")
+    return f"{outputs} = {escaped(full_name(node))}({inputs})" + (f" {{{listed}}}" if listed else "")
 
 
 def initializer_line(constant: gs.Constant) -> str:
@@ -102,6 +104,9 @@ def attribute_text(key: str, value: Any) -> str:
         return f"{declared(value)} {initializer_text(value)}"
     if key in ("to", "dtype", "output_dtype") and isinstance(value, (int, np.integer, type, np.dtype)):
         return name_of(value)
+    if isinstance(value, onnx.AttributeProto):
+        kind = str(onnx.AttributeProto.AttributeType.Name(value.type)).lower()
+        return f"{kind} sha256:{hashlib.sha256(value.SerializeToString(deterministic=True)).hexdigest()[:8]}"
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, (list, tuple)):

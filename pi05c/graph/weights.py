@@ -487,6 +487,8 @@ def stored_bytes(values: Array) -> bytes | memoryview:
     """The little-endian, row-major bytes in which ONNX stores `values` (FP4 and INT4 packed two a byte)."""
     if bits(values.dtype) == 4:
         return numpy_helper.from_array(values).raw_data
+    if values.dtype == np.dtype(object):  # strings, which have no such bytes; these tell them apart
+        return "".join(f"{len(str(value))}:{value}" for value in values.reshape(-1)).encode()
     return _row_major(values).reshape(-1).view(np.uint8).data
 
 

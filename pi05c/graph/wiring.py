@@ -71,7 +71,12 @@ class Wiring:
 
     def source(self, tensor: int) -> int:
         """The tensor behind any `TRANSPARENT` nodes."""
-        while tensor != MISSING and (made := self.maker[tensor]) is not None and self.transparent[made[0]]:
+        while (
+            tensor != MISSING
+            and (made := self.maker[tensor]) is not None
+            and self.transparent[made[0]]
+            and self.ins[made[0]]
+        ):
             tensor = self.ins[made[0]][0]
         return tensor
 

@@ -12,7 +12,8 @@ from polygraphy import util
 from polygraphy.backend.base import BaseLoader
 from polygraphy.logger import G_LOGGER
 
-from pi05c.graph.io import Model, load, model_from_proto, save, to_whole_proto
+from pi05c.graph.check import load_valid
+from pi05c.graph.io import Model, model_from_proto, save, to_whole_proto
 from pi05c.graph.wellformed import refuse_malformed, refuse_misused_operators
 from pi05c.passrun import RunOptions, run_passes
 from pi05c.polygraphy.reporting import LoggedProgress, errors_of_polygraphy
@@ -103,7 +104,7 @@ def loaded(model: OnnxModel | Callable[[], OnnxModel], path: str | PathLike[str]
     """
     given, _ = util.invoke_if_callable(model)
     if not isinstance(given, onnx.ModelProto):
-        return load(given)
+        return load_valid(given)
     proto = onnx.ModelProto()
     proto.CopyFrom(given)
     refuse_malformed(proto)

@@ -312,3 +312,48 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(Pi05cError, match=r"text\.onnx cannot be read as an ONNX model"):
         load_runner(tmp_path / "text.onnx")
+
+
+def test_nodes_of_one_name(tmp_path: Path) -> None:
+    """ONNX allows them, onnxruntime refuses them."""
+    nodes = [helper.make_node("Relu", ["x"], ["h"], "n"), helper.make_node("Neg", ["h"], ["y"], "n")]
+    value = ("x", TensorProto.FLOAT, [2]), ("y", TensorProto.FLOAT, [2])
+    path = write_model(tmp_path / "m.onnx", nodes, [value[0]], [value[1]])
+    assert load_runner(path).run({"x": np.array([-1, 2], np.float32)})["y"].tolist() == [0, -2]
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_sequences(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+    """What older exporters make of torch's `chunk`; onnxruntime splits no 16-bit tensor."""
+    number = ONNX_TYPE[dtype]
+    nodes = [
+        node("SplitToSequence", ["x", "two"], ["parts"], axis=1),
+        node("SequenceAt", ["parts", "one"], ["second"]),
+        node("SequenceInsert", ["parts", "second"], ["three"]),
+        node("ConcatFromSequence", ["three"], ["y"], axis=1),
+    ]
+    path = write_model(
+        tmp_path / "m.onnx",
+        nodes,
+        [("x", number, [1, 4])],
+        [("y", number, [1, 6])],
+        {"two": np.array(2), "one": np.array(1)},
+    )
+    y = load_runner(path).run({"x": np.arange(4).reshape(1, 4).astype(dtype)})["y"]
+    assert (y.dtype, wide(y).tolist()) == (dtype, [[0, 1, 2, 3, 2, 3]])
+
+
+def test_a_body_reads_what_only_casts_stand_before(tmp_path: Path) -> None:
+    """onnxruntime 1.32 takes away float16 -> float32 -> float16 where nothing of the same graph reads the result."""
+    wave = helper.make_tensor_value_info("b", TensorProto.FLOAT16, [2])
+    bodies = [
+        helper.make_graph([helper.make_node(op, ["h"], ["b"])], op, [], [wave]) for op in ("Neg", "Relu")
+    ]
+    nodes = [
+        node("Dropout", ["x"], ["h"]),
+        node("If", ["c"], ["y"], then_branch=bodies[0], else_branch=bodies[1]),
+    ]
+    inputs = [("x", TensorProto.FLOAT16, [2]), ("c", TensorProto.BOOL, [])]
+    path = write_model(tmp_path / "m.onnx", nodes, inputs, [("y", TensorProto.FLOAT16, [2])])
+    outputs = load_runner(path).run({"x": np.array([-1, 2], np.float16), "c": np.array(True)})
+    assert outputs["y"].tolist() == [1, -2]

@@ -343,6 +343,24 @@ def test_the_default_target_without_a_gpu_is_said(
     assert any("no --target and no GPU here: building for sm120" in sentence for sentence in said)
 
 
+@pytest.mark.parametrize("wrong", ["type", "scale"])
+def test_an_invalid_graph_is_blamed_on_its_file_and_on_no_pass(
+    tmp_path: Path, output: Path, wrong: str
+) -> None:
+    text = {
+        "type": "g (float[2] x, float16[2] z) => (float[2] y) { y = Add(x, z) }",
+        "scale": "g (float[2] x) => (int8[2] y) <float s = {0}, int8 p = {0}> { y = QuantizeLinear(x, s, p) }",
+    }[wrong]
+    model = tmp_path / "wrong.onnx"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}'), model)
+    with pytest.raises(
+        Pi05cError, match=r"wrong\.onnx is not valid ONNX: |is not positive|contradict"
+    ) as error:
+        pi05c.compile(model, output, passes="exact", target="sm120")
+    assert "\n" not in str(error.value)
+    assert not output.exists()
+
+
 def test_a_dynamic_input_needs_a_profile(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +380,33 @@ def test_a_dynamic_input_needs_a_profile(
     assert manifest.inputs[0].shape == ["batch", ROWS, WIDTH]
     assert manifest.engine.options["shapes"] == {"x": [[1, ROWS, WIDTH], [2, ROWS, WIDTH], [4, ROWS, WIDTH]]}
     assert pi05c.build(output).engine.options == manifest.engine.options
+
+
+def test_a_prompt_longer_than_what_the_graph_holds_is_refused_before_anything_runs(
+    tmp_path: Path, output: Path
+) -> None:
+    """Of a length that is baked into the graph the builder says only that something is not conformable."""
+    from pi05c.building import parse_profile
+
+    text = """<ir_version: 10, opset_import: ["": 21]>
+        g (float[1,L,4] tokens) => (float[1,L,4] y) { y = Add(tokens, positions) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.node[0].name = "embed"
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros((1, 200, 4), np.float32), "positions")
+    )
+    model = tmp_path / "prompt.onnx"
+    onnx.save(proto, model)
+    profile = parse_profile("tokens=1x208x4:1x208x4:1x208x4")
+    with pytest.raises(
+        UsageError, match=r"'embed' gets 'tokens' \[1, 208, 4\] and 'positions' \[1, 200, 4\]"
+    ):
+        pi05c.compile(model, output, passes="none", target="sm120", profiles=(profile,))
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 200
+    onnx.save(proto, model)
+    with pytest.raises(UsageError, match=r"\[1, 208, 4\] do not fit input tokens: float32\[1,200,4\]"):
+        pi05c.compile(model, output, passes="none", target="sm120", profiles=(profile,))
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("text", ["x", "x=1x2", "x=1:2", "x=a:b:c", "=1:1:1", "x=1:2:3:4"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import onnx
+from graph_edits import EDITS, copied, edited, renamed, resorted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import EDITS, copied, edited, random_model, renamed, resorted
+from random_graphs import distinct_model
 
 from pi05c.graph.diff import Change, GraphDiff, diff_graphs
 from pi05c.graph.io import model_from_proto
@@ -33,7 +34,7 @@ def facts(changes: tuple[Change, ...]) -> set[tuple[str, str, str]]:
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, SEEDS, FORMS)
 def test_names_and_order_are_no_difference(seed: int, other: int, form: dict[str, object]) -> None:
-    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    proto = distinct_model(seed, **form)  # type: ignore[arg-type]
     assert compare(proto, renamed(proto, other)).changes == ()
     assert compare(proto, resorted(proto, other)).changes == ()
     assert compare(proto, renamed(resorted(proto, other), other)).changes == ()
@@ -42,7 +43,7 @@ def test_names_and_order_are_no_difference(seed: int, other: int, form: dict[str
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, SEEDS, FORMS, st.sampled_from(sorted(EDITS)))
 def test_one_edit_is_one_difference(seed: int, other: int, form: dict[str, object], edit: str) -> None:
-    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    proto = distinct_model(seed, **form)  # type: ignore[arg-type]
     after = edited(proto, edit, other)
     found = compare(proto, resorted(after.proto, other))
     assert facts(found.changes) == after.expected
@@ -53,7 +54,7 @@ def test_one_edit_is_one_difference(seed: int, other: int, form: dict[str, objec
 def test_one_edit_under_other_names_is_one_difference(
     seed: int, other: int, form: dict[str, object], edit: str
 ) -> None:
-    proto = random_model(seed, **form)  # type: ignore[arg-type]
+    proto = distinct_model(seed, **form)  # type: ignore[arg-type]
     after = edited(proto, edit, other)
     found = compare(proto, renamed(after.proto, other))
     expected = sorted((thing, kind) for thing, kind, _ in after.expected)
@@ -65,7 +66,7 @@ def test_one_edit_under_other_names_is_one_difference(
 def test_mirrored_it_is_the_diff_of_the_other_direction(
     seed: int, other: int, form: dict[str, object], edits: list[str]
 ) -> None:
-    before = after = random_model(seed, **form)  # type: ignore[arg-type]
+    before = after = distinct_model(seed, **form)  # type: ignore[arg-type]
     for number, edit in enumerate(edits):
         made = edited(after, edit, other + number)
         if made_once(made.proto.graph):
@@ -83,7 +84,7 @@ def test_mirrored_it_is_the_diff_of_the_other_direction(
 @given(SEEDS, SEEDS)
 def test_equal_steps_stay_in_order_when_each_is_changed(seed: int, other: int) -> None:
     """Another operator in each of ten equal steps, and other names: each step is still itself."""
-    proto = random_model(seed, steps=10)
+    proto = distinct_model(seed, steps=10)
     after = copied(proto)
     for node in list(after.graph.node):
         if node.op_type == "MatMul" and node.name.startswith("step"):

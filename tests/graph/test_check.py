@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from models import small_model
+from models import model_proto, small_model
 
 from pi05c.graph.check import problems
-from pi05c.graph.io import Model, load, save
+from pi05c.graph.io import Model, load, model_from_proto, save
 from pi05c.graph.weights import InMemory, Stored
 
 LOOP = """
@@ -84,3 +84,28 @@ def test_an_operator_that_the_opset_lacks() -> None:
     model.graph.opset = 17
     model.graph.import_domains = None
     assert problems(model)
+
+
+def _loop(inputs: int, outputs: int) -> Model:
+    """A Loop that carries x, with a body that takes and gives so many tensors."""
+    text = """
+        g (float[2] x) => (float[2] y) <int64 n = {2}> {
+          y = Loop(n, , x) <body = b (int64 i, bool c, float[2] q) => (bool going, float[2] made) {
+            made = Neg(q)
+            going = Identity(c)
+          }>
+        }"""
+    proto = model_proto(text)
+    body = proto.graph.node[0].attribute[0].g
+    del body.input[inputs:], body.output[outputs:]
+    return model_from_proto(proto)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "found"), [(2, 2, "takes 2"), (3, 1, "gives 1"), (3, 0, "gives 0")]
+)
+def test_a_body_that_does_not_fit_its_loop(inputs: int, outputs: int, found: str) -> None:
+    assert problems(_loop(3, 2)) == []
+    assert any(
+        f"the body of Loop 'y.Loop' {found}" in problem for problem in problems(_loop(inputs, outputs))
+    )

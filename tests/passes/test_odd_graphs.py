@@ -13,12 +13,17 @@ from pass_graphs import (
     graph_text,
     normal,
     outputs_of,
+    ranges_of,
     relative_error,
     run_pass,
     seeded_inputs,
+    text_of,
 )
 
+from pi05c.graph.io import to_proto
 from pi05c.graph.weights import array_of
+from pi05c.passes import PRESETS
+from pi05c.passes.pipeline import parse, run
 
 LOW = -1e9
 
@@ -228,3 +233,68 @@ def test_factors_on_one_weight_count_together() -> None:
     assert run_pass(after, "fold_scales").changes == ()
     (stored,) = [tensor for tensor in after.graph.tensors().values() if tensor.name == "w"]
     np.testing.assert_allclose(np.abs(array_of(stored) / weight)[0], [1, 16, 4, 1], rtol=1e-6)
+
+
+FOREIGN = """
+    g (float[1,3,8] x) => (float[1,3,8] y) {
+      a = other.Neg(x)
+      b = other.Neg(a)
+      made = other.MatMul(b, w)
+      turned = other.Transpose(made)
+      logits = other.MatMul(turned, w)
+      probs = other.Softmax(logits)
+      same = other.Identity(probs)
+      y = other.Cast(same)
+    }"""
+
+
+@pytest.mark.parametrize("passes", ["exact", "fp16", "default", "nvfp4"])
+def test_operators_of_another_domain_are_not_those_of_onnx_that_have_their_names(passes: str) -> None:
+    proto = graph_text(FOREIGN.replace("other.", ""), {"w": normal(1, 8, 8)})
+    proto.opset_import.append(onnx.helper.make_opsetid("other", 1))
+    for node in proto.graph.node:
+        node.domain = "other"
+        del node.attribute[:]
+    model = editable(proto)
+    names = [tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)]
+    ranges = ranges_of(dict.fromkeys(names, (-4.0, 4.0)))
+    results = run(model, parse(passes, PRESETS), calibrate=lambda *_: ranges)
+    changed = [result.step.spec.name for result in results if result.rewrites]
+    assert changed == ([] if passes == "exact" else ["lower_precision", "canonicalize"])
+    after = [node for node in to_proto(model)[0].graph.node if node.domain]
+    assert [(n.op_type, n.domain) for n in after] == [(n.op_type, n.domain) for n in proto.graph.node]
+    assert "= other::MatMul(%" in text_of(model)
+
+
+def test_empty_tensors_go_through_all_exact_passes() -> None:
+    """A batch of nothing, cut and joined again, convolved and attended to."""
+    text = """
+        g (float[2,0,3,4,4] images, float[0,3,8] x) => (float[0,4,2,2] seen, float[0,3,8] y) {
+          a = Gather<axis = 0>(images, first)
+          b = Gather<axis = 0>(images, second)
+          seen_a = Conv<strides = [2, 2]>(a, w)
+          seen_b = Conv<strides = [2, 2]>(b, w)
+          seen = Concat<axis = 0>(seen_a, seen_b)
+          apart = Reshape(x, shape)
+          turned = Transpose<perm = [0, 2, 1, 3]>(apart)
+          keys = Transpose<perm = [0, 1, 3, 2]>(turned)
+          logits = MatMul(turned, keys)
+          probs = Softmax(logits)
+          mixed = MatMul(probs, turned)
+          back = Transpose<perm = [0, 2, 1, 3]>(mixed)
+          y = Reshape(back, like)
+        }"""
+    weights = {
+        "w": normal(1, 4, 3, 2, 2),
+        "first": np.array(0),
+        "second": np.array(1),
+        "shape": np.array([-1, 3, 2, 4]),
+        "like": np.array([-1, 3, 8]),
+    }
+    proto = graph_text(text, weights)
+    after = editable(proto)
+    run(after, parse("exact", PRESETS))
+    inputs = seeded_inputs(proto)
+    assert {name: array.shape for name, array in outputs_of(after, inputs).items()} == {
+        name: array.shape for name, array in outputs_of(proto, inputs).items()
+    }

@@ -261,6 +261,15 @@ def test_a_pass_that_breaks_the_graph_is_named(broken_pass: Step) -> None:
         run(_linears(), [broken_pass])
 
 
+def test_what_was_wrong_before_is_blamed_on_no_pass() -> None:
+    """Two nodes of one name are legal, and a pass that looks elsewhere need not repair them."""
+    proto = graph_text("g (float[4] x) => (float[4] y) { a = Neg(x)\n y = Exp(a) }")
+    proto.graph.node[0].name = proto.graph.node[1].name = "n"
+    model = editable(proto)
+    run(model, parse("lower_precision", PRESETS))
+    assert [node.name for node in model.graph.nodes].count("n") == 2
+
+
 def test_two_passes_of_one_name() -> None:
     def canonicalize(graph: gs.Graph, ctx: PassContext) -> None:
         """Another one."""

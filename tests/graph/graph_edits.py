@@ -1,4 +1,4 @@
-"""Seeded graphs, and single edits of them with what a diff must say."""
+"""Single edits of seeded graphs with what a diff must say, and changes that are no difference."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
-SHAPE = (3, 3)
-
-_UNARY = ("Relu", "Exp", "Tanh", "Neg", "Sigmoid")
-_BINARY = ("Add", "Mul", "MatMul", "Sub")
+from onnx import helper, numpy_helper
+from random_graphs import BINARY, UNARY, distinct_values
 
 
 @dataclass(frozen=True)
@@ -22,104 +17,6 @@ class Edited:
 
     proto: onnx.ModelProto
     expected: frozenset[tuple[str, str, str]]
-
-
-def random_model(seed: int, *, nodes: int = 24, steps: int = 0, loop: bool = False) -> onnx.ModelProto:
-    """A graph of [3, 3] tensors in which each node computes something else and reaches the output.
-
-    Args:
-        nodes: operators before the steps.
-        steps: so many identical blocks in a row follow, which share their weights.
-        loop: a Loop whose body reads a tensor from outside ends the graph.
-    """
-    rng = random.Random(seed)
-    made: list[onnx.NodeProto] = []
-    weights = [numpy_helper.from_array(_values(seed * 100 + i), f"w{i}") for i in range(4)]
-    tensors, unread = ["x", "z"], ["x", "z"]
-    computed: set[tuple[str, ...]] = set()
-    while len(made) < nodes:
-        op = rng.choice((*_UNARY, *_BINARY))
-        inputs = [rng.choice(unread[-3:] or tensors[-6:])]
-        if op in _BINARY:
-            inputs.append(rng.choice([*tensors[-6:], *(weight.name for weight in weights)]))
-        if (op, *inputs) in computed:
-            continue
-        computed.add((op, *inputs))
-        name = f"t{len(made)}"
-        made.append(helper.make_node(op, inputs, [name], f"n{len(made)}"))
-        tensors.append(name)
-        unread = [tensor for tensor in unread if tensor not in inputs] + [name]
-    last = _joined(made, unread)
-    for step in range(steps):
-        last = _step(made, last, step)
-    if loop:
-        made.append(_loop(last, tensors[-1]))
-        last = "looped"
-    made.append(helper.make_node("Identity", [last], ["y"], "end"))
-    used = {name for node in _nodes_of(made) for name in node.input}
-    graph = helper.make_graph(
-        made,
-        "random",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in ("x", "z")],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, SHAPE)],
-        [weight for weight in weights if weight.name in used]
-        + (
-            [numpy_helper.from_array(_values(seed * 100 + 50 + i), f"s{i}") for i in range(2)]
-            if steps
-            else []
-        )
-        + (
-            [
-                numpy_helper.from_array(np.asarray(3), "trip"),
-                numpy_helper.from_array(np.asarray(True), "going_on"),
-            ]
-            if loop
-            else []
-        ),
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return onnx.shape_inference.infer_shapes(proto)
-
-
-def _values(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32)
-
-
-def _joined(made: list[onnx.NodeProto], tensors: list[str]) -> str:
-    last = tensors[0]
-    for index, tensor in enumerate(tensors[1:]):
-        made.append(helper.make_node("Add", [last, tensor], [f"joined{index}"], f"join{index}"))
-        last = f"joined{index}"
-    return last
-
-
-def _step(made: list[onnx.NodeProto], x: str, step: int) -> str:
-    block = [("MatMul", ["s0"]), ("Tanh", []), ("MatMul", ["s1"]), ("Relu", [])]
-    value = x
-    for index, (op, extra) in enumerate(block):
-        output = f"step{step}.{index}"
-        made.append(helper.make_node(op, [value, *extra], [output], f"step{step}.node{index}"))
-        value = output
-    made.append(helper.make_node("Add", [x, value], [f"step{step}.out"], f"step{step}.add"))
-    return f"step{step}.out"
-
-
-def _loop(x: str, captured: str) -> onnx.NodeProto:
-    def info(name: str, kind: int, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, shape)
-
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["cond_in"], ["cond_out"], "body.cond"),
-            helper.make_node("Mul", ["x_in", captured], ["body.t0"], "body.mul"),
-            helper.make_node("Tanh", ["body.t0"], ["body.t1"], "body.tanh"),
-            helper.make_node("Sub", ["body.t1", "x_in"], ["x_out"], "body.sub"),
-        ],
-        "body",
-        [info("i", TensorProto.INT64, ()), info("cond_in", TensorProto.BOOL, ()), info("x_in", 1, SHAPE)],
-        [info("cond_out", TensorProto.BOOL, ()), info("x_out", 1, SHAPE)],
-    )
-    return helper.make_node("Loop", ["trip", "going_on", x], ["looped"], "loop", body=body)
 
 
 def _nodes_of(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -207,7 +104,7 @@ def _pick(proto: onnx.ModelProto, rng: random.Random, *ops: str) -> tuple[onnx.G
 
 
 def _insert(proto: onnx.ModelProto, rng: random.Random) -> Edited:
-    graph, index = _pick(proto, rng, *_UNARY, *_BINARY)
+    graph, index = _pick(proto, rng, *UNARY, *BINARY)
     node = graph.node[index]
     added = helper.make_node("Softsign", [node.input[0]], ["added"], "added.node")
     node.input[0] = "added"
@@ -216,7 +113,7 @@ def _insert(proto: onnx.ModelProto, rng: random.Random) -> Edited:
 
 
 def _remove(proto: onnx.ModelProto, rng: random.Random) -> Edited:
-    graph, index = _pick(proto, rng, *_UNARY)
+    graph, index = _pick(proto, rng, *UNARY)
     node = graph.node[index]
     gone, source = node.output[0], node.input[0]
     for other in _nodes_of(list(graph.node)):
@@ -229,13 +126,13 @@ def _remove(proto: onnx.ModelProto, rng: random.Random) -> Edited:
 
 
 def _operator(proto: onnx.ModelProto, rng: random.Random) -> Edited:
-    graph, index = _pick(proto, rng, *_UNARY)
+    graph, index = _pick(proto, rng, *UNARY)
     graph.node[index].op_type = "Softplus"
     return Edited(proto, frozenset({("node", "changed", graph.node[index].name)}))
 
 
 def _attribute(proto: onnx.ModelProto, rng: random.Random) -> Edited:
-    graph, index = _pick(proto, rng, *_UNARY, *_BINARY)
+    graph, index = _pick(proto, rng, *UNARY, *BINARY)
     graph.node[index].attribute.append(helper.make_attribute("axis", 1))
     return Edited(proto, frozenset({("node", "changed", graph.node[index].name)}))
 
@@ -246,7 +143,7 @@ def _rewire(proto: onnx.ModelProto, rng: random.Random) -> Edited:
         (node, place)
         for node in proto.graph.node
         for place, name in enumerate(node.input)
-        if node.op_type in _BINARY
+        if node.op_type in BINARY
         and not {"x", "z"} & set(node.input)
         and not name.startswith(("w", "s0", "s1"))
         if _readers(proto, name) > 1
@@ -267,7 +164,7 @@ def _values_of_weight(proto: onnx.ModelProto, rng: random.Random) -> Edited:
     if not weights:
         return _operator(proto, rng)
     weight = rng.choice(weights)
-    weight.CopyFrom(numpy_helper.from_array(_values(rng.randrange(10**6) + 10**6), weight.name))
+    weight.CopyFrom(numpy_helper.from_array(distinct_values(rng.randrange(10**6) + 10**6), weight.name))
     return Edited(proto, frozenset({("initializer", "changed", weight.name)}))
 
 

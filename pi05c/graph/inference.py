@@ -1,0 +1,117 @@
+"""Types and shapes of tensors by onnx's inference, with what it needs to be led around.
+
+onnx 1.23 does not look outside a body for the constant that a Reshape or Expand in it reads; and the values of shapes that
+it propagates are kept by name, so that a tensor of one branch gets the shape that one of the same name has in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import onnx
+
+from pi05c.graph.errors import Pi05cError
+
+
+def with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Infer element types and shapes; a model for which that fails keeps what it declares.
+
+    Raises:
+        Pi05cError: a function of the model is not valid.
+    """
+    renamed = _part_names(proto.graph)
+    lent = _lend_shapes(proto.graph, {})
+    try:
+        with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except onnx.checker.ValidationError as error:  # of its functions
+        raise Pi05cError(f"the model is not valid ONNX: {' '.join(str(error).split())}") from error
+    for body, count in zip(_bodies(proto.graph), lent, strict=True):
+        del body.initializer[len(body.initializer) - count :]
+    for body, old in zip(_bodies(proto.graph), renamed, strict=True):
+        if old:
+            _rename(body, old)
+    return proto
+
+
+def _part_names(graph: onnx.GraphProto) -> list[dict[str, str]]:
+    """Rename what a body defines under a name that another scope has; the old names of each body by the new."""
+    used = set(_defined(graph))
+    result: list[dict[str, str]] = []
+    for number, body in enumerate(_bodies(graph)):
+        own = _defined(body)
+        new: dict[str, str] = {}
+        for name in own:
+            if name in used:
+                new[name] = f"{name} {number}"
+                while new[name] in used or new[name] in own:
+                    new[name] += "'"
+        if new:
+            _rename(body, new)
+        used.update(new.get(name, name) for name in own)
+        result.append({to: name for name, to in new.items()})
+    return result
+
+
+def _defined(graph: onnx.GraphProto) -> dict[str, None]:
+    values = (*graph.input, *graph.initializer)
+    return dict.fromkeys([v.name for v in values] + [name for n in graph.node for name in n.output if name])
+
+
+def _rename(body: onnx.GraphProto, new: Mapping[str, str]) -> None:
+    """Rename tensors of a body, where the bodies in it read them too."""
+    for value in (*body.input, *body.initializer, *body.value_info, *body.output):
+        value.name = new.get(value.name, value.name)
+    for node in body.node:
+        for names in (node.input, node.output):
+            if any(name in new for name in names):
+                names[:] = [new.get(name, name) for name in names]
+        for attribute in node.attribute:
+            for inner in _bodies_of(attribute):
+                own = _defined(inner)
+                _rename(inner, {name: to for name, to in new.items() if name not in own})
+
+
+def _lend_shapes(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> list[int]:
+    """Give each body the small integer constants that it captures; how many each got, in the order of `_bodies`."""
+    known = {**outer, **{tensor.name: tensor for tensor in graph.initializer if _is_shape(tensor)}}
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
+        if value is not None and node.output and _is_shape(value):
+            known[node.output[0]] = value
+    counts = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in _bodies_of(attribute):
+                own = {value.name for value in (*body.input, *body.initializer)}
+                own.update(output for inner in body.node for output in inner.output)
+                read = dict.fromkeys(name for inner in body.node for name in inner.input if name not in own)
+                captured = [name for name in read if name in known]
+                deeper = _lend_shapes(body, {name: known[name] for name in known if name not in own})
+                for name in captured:
+                    body.initializer.add().CopyFrom(known[name])
+                    body.initializer[-1].name = name
+                counts += [len(captured), *deeper]
+    return counts
+
+
+def _is_shape(tensor: onnx.TensorProto) -> bool:
+    inline = tensor.data_location != onnx.TensorProto.EXTERNAL
+    return tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) <= 1 and inline
+
+
+def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Every subgraph, outer before inner."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in _bodies_of(attribute):
+                yield body
+                yield from _bodies(body)
+
+
+def _bodies_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+
+
+__all__ = ["with_types"]

@@ -1,0 +1,42 @@
+"""The properties of `generated_properties` on graphs that Hypothesis makes."""
+
+from __future__ import annotations
+
+import generated_properties as properties
+import pytest
+from hypothesis import given
+from random_graphs import Generated, examples, generated
+
+ATTENTION = ("attention", "norm", "mlp", "flow")
+"""What a policy is made of, where most passes have something to do."""
+
+
+@examples(300)
+@given(generated())
+def test_exact_passes_keep_outputs(graph: Generated) -> None:
+    properties.exact_passes_keep_outputs(graph)
+
+
+@examples(100)
+@given(generated(blocks=ATTENTION, most=3))
+def test_exact_passes_keep_outputs_of_policies(graph: Generated) -> None:
+    properties.exact_passes_keep_outputs(graph)
+
+
+@examples(250)
+@given(generated())
+def test_twice_is_once(graph: Generated) -> None:
+    properties.twice_is_once(graph)
+
+
+@examples(400)
+@given(generated())
+def test_finders_claim_no_node_twice(graph: Generated) -> None:
+    properties.finders_claim_once(graph)
+
+
+@pytest.mark.parametrize("pipeline", ["fp16", "default", "nvfp4"])
+@examples(100)
+@given(generated())
+def test_pipelines_leave_a_valid_graph(pipeline: str, graph: Generated) -> None:
+    properties.is_valid_after(pipeline, graph)
