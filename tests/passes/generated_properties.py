@@ -55,7 +55,7 @@ def exact_passes_keep_outputs(graph: Generated) -> None:
 
 
 def is_valid_after(pipeline: str, graph: Generated) -> None:
-    """The graph is valid and runs, finite where it was, or the refusal is one sentence; each pass twice is once."""
+    """The graph is valid and runs, finite where it was, or the refusal is one sentence."""
     model = editable(graph.proto)
     samples = Samples.of([graph.inputs])
     steps = parse(pipeline, PRESETS)
@@ -66,9 +66,7 @@ def is_valid_after(pipeline: str, graph: Generated) -> None:
                 only = samples.only(tensor.name for tensor in model.graph.inputs)
                 needed = wanted(model, steps[index:])
                 ranges = measure_ranges(model, needed.tensors, only, rows=needed.rows, threads=1)
-            for again in (False, True):
-                (result,) = run(model, [step], calibrate=lambda *_, known=ranges: known)
-                assert not (again and result.changes), f"{step.spec.name} rewrites {result.changes} again"
+            run(model, [step], calibrate=lambda *_, known=ranges: known)
     except Pi05cError as error:
         is_one_sentence(error)
         return
