@@ -21,7 +21,7 @@ from pi05c.backend.signature import check_inputs, inputs_of, spec_of
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
-from pi05c.graph.sort import sort_proto
+from pi05c.graph.sort import constants_first, sort_proto
 from pi05c.graph.walk import bodies_of, graphs_in
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -72,6 +72,8 @@ class OnnxRuntimeRunner:
             _keep_outputs(proto.graph, outputs, path)
         self.outputs = tuple(spec_of(value) for value in proto.graph.output)
         lowered = lower(proto)
+        for graph in graphs_in(lowered.model.graph):
+            constants_first(graph)  # else all weights are widened before the first MatMul
         self._feeds = lowered.feeds
         self._fetches = lowered.fetches
         options = onnxruntime.SessionOptions()
@@ -82,13 +84,10 @@ class OnnxRuntimeRunner:
         )
         options.enable_mem_pattern = False  # the second run would take all that the first did, in one block
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
-        model: str | bytes = str(path)
-        if lowered.changed or outputs is not None or edit is not None:
-            options.add_session_config_entry(_DATA_FOLDER, str(path.absolute().parent))
-            model = lowered.model.SerializeToString()
+        options.add_session_config_entry(_DATA_FOLDER, str(path.absolute().parent))
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                model,
+                lowered.model.SerializeToString(),
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=_DISABLED_OPTIMIZERS,
