@@ -59,6 +59,10 @@ def inputs_of(graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
     return tuple(spec_of(value) for value in graph.input if value.name not in defaults)
 
 
+_NAMELESS = ("", "?")
+"""What stands for a size that is not known; some exporters (paddle2onnx) write the second, and mean no one size."""
+
+
 def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:
     """Check what is fed against what is taken.
 
@@ -84,6 +88,8 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> No
                 f"input {name!r} has {len(array.shape)} dimensions, {list(array.shape)}, but the graph takes {spec}"
             )
         for axis, (size, expected) in enumerate(zip(array.shape, spec.shape, strict=True)):
+            if expected in _NAMELESS:
+                continue
             if isinstance(expected, str):
                 first, expected = sizes.setdefault(expected, (name, size))
                 wanted = f"{expected}, as {first!r} has"

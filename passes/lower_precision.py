@@ -23,6 +23,11 @@ SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 SCALE_ERROR = 2.0**-8
 """Relative error that rounding may give a quantizer's scale: a sixteenth of E4M3's half step, 2^-4."""
 
+_OF_STATED_TYPE = frozenset(
+    {"ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Operators whose attribute says of which type their result is."""
+
 _PRODUCTS = ("Mul", "Div", "MatMul", "Gemm", "Conv", "Einsum")
 """Operators whose result is as inaccurate as their least accurate factor, however small that is."""
 
@@ -83,6 +88,9 @@ def lower_precision(
         if reason:
             ctx.skip(node, reason)
             kept.update(id(t) for t in node.outputs if id(node) in stuck or ranges.amax(t) is None)
+        elif node.op in _OF_STATED_TYPE:
+            ctx.skip(node, f"{node.op} makes values of the type that it states")
+            kept.update(id(t) for t in node.outputs if ranges.amax(t) is None)
         elif not takes(node, dtype, graph.opset):
             ctx.skip(node, f"{node.op} has no {dtype} at opset {graph.opset}")
         else:

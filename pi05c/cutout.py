@@ -411,7 +411,7 @@ def _save(path: Path, values: Mapping[str, Array]) -> None:
         for name, value in values.items()
     }
     try:
-        np.savez(path.with_suffix(".npz"), allow_pickle=False, **widened)
+        np.savez(path.with_suffix(".npz"), **widened)  # type: ignore[arg-type]
     except OSError as error:
         raise Pi05cError(f"{path.with_suffix('.npz')} cannot be written: {unwritable(error)}") from error
 

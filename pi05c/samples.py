@@ -300,7 +300,7 @@ def save_samples(path: Path, samples: Sequence[Mapping[str, Array]], *, syntheti
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         partial.replace(path)
     except OSError as error:
         raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error

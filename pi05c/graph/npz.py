@@ -128,7 +128,7 @@ def _header(path: Path, member: zipfile.ZipInfo, file: IO[bytes], size: int) -> 
     if dtype.hasobject:
         raise Pi05cError(
             f"{path} holds pickled Python objects, which may run code when they are read: save plain arrays with "
-            "numpy.savez(FILE, allow_pickle=False, ...)"
+            "numpy.savez"
         )
     held = size - (file.tell() - start)
     if any(dim < 0 for dim in shape) or math.prod(shape) * dtype.itemsize != held:

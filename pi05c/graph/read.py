@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from pi05c.graph.dtypes import bits, name_of, to_numpy
 from pi05c.graph.errors import Pi05cError, shortened, unreadable
+from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import InMemory, Stored, Weight
 from pi05c.graph.wellformed import refuse_malformed
 
@@ -49,7 +50,17 @@ def read_proto(path: Path | str) -> onnx.ModelProto:
         raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
     with about(path):
         refuse_malformed(proto)
+    _clear_negative_sizes(proto)
     return proto
+
+
+def _clear_negative_sizes(proto: onnx.ModelProto) -> None:
+    """Some exporters (paddle2onnx) write -1 for a size that may vary; in ONNX such a size is left out."""
+    for graph in graphs_in(proto.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+                if dim.dim_value < 0:
+                    dim.Clear()
 
 
 @contextmanager

@@ -103,11 +103,6 @@ def _check_value(value: onnx.ValueInfoProto) -> None:
         _known_type(value.name, tensor.elem_type, undefined=True)
         for dim in tensor.shape.dim:
             _refuse_bytes(dim, ("dim_param",))
-            if dim.dim_value < 0:
-                raise Pi05cError(
-                    f"tensor {shortened(value.name)} is declared with a dimension of {dim.dim_value}: export the "
-                    "model again"
-                )
 
 
 def _check_tensor(tensor: onnx.TensorProto) -> None:

@@ -159,6 +159,7 @@ def _entry(**changed: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_headers_of_checkpoints_that_lie(tmp_path: Path, reference_dir: Path, text: str) -> None:
+    pytest.importorskip("torch", reason="reading a checkpoint needs the extra [torch]")
     from pi05c.frontend.checkpoint import open_checkpoint
 
     shutil.copy(reference_dir / "config.json", tmp_path)
@@ -170,6 +171,7 @@ def test_headers_of_checkpoints_that_lie(tmp_path: Path, reference_dir: Path, te
 
 @pytest.mark.parametrize("length", [0, 2**40, 2**63, 2**64 - 1])
 def test_headers_of_a_length_that_the_file_has_not(tmp_path: Path, reference_dir: Path, length: int) -> None:
+    pytest.importorskip("torch", reason="reading a checkpoint needs the extra [torch]")
     from pi05c.frontend.checkpoint import open_checkpoint
 
     shutil.copy(reference_dir / "config.json", tmp_path)
@@ -190,6 +192,7 @@ def test_headers_of_a_length_that_the_file_has_not(tmp_path: Path, reference_dir
 def test_configurations_that_nobody_can_build(
     tmp_path: Path, reference_dir: Path, changes: dict[str, Any]
 ) -> None:
+    pytest.importorskip("torch", reason="reading a checkpoint needs the extra [torch]")
     from pi05c.frontend.checkpoint import open_checkpoint
 
     shutil.copy(reference_dir / "model.safetensors", tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from pi05c.backend.signature import TensorSpec
 from pi05c.graph.dtypes import BOOL, FLOAT32, INT64
 from pi05c.graph.errors import Pi05cError, UsageError
-from pi05c.graph.io import Model
+from pi05c.graph.io import Model, load
 from pi05c.graph.runner import Array
 from pi05c.samples import Samples, find_samples, input_specs, load_samples, save_samples, split
 
@@ -293,3 +294,16 @@ def test_the_word_synthetic_needs_a_sidecar_and_stands_alone(beside: Path, tmp_p
         find_samples(model(None), ["synthetic"])
     with pytest.raises(UsageError, match="stands beside files"):
         find_samples(model(beside), ["synthetic", tmp_path / "model.calibration.npz"])
+
+
+def test_sizes_without_a_name_may_differ(tmp_path: Path) -> None:
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Neg", ["x"], ["y"])],
+        "graph",
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["?", "?"]) for name in "x"],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["?", "?"])],
+    )
+    onnx.save(onnx.helper.make_model(graph, ir_version=10), tmp_path / "model.onnx")
+    specs = input_specs(load(tmp_path / "model.onnx"))
+    np.savez(tmp_path / "samples.npz", x=np.zeros((2, 3), np.float32))
+    assert len(load_samples([tmp_path / "samples.npz"], specs)) == 1

@@ -242,6 +242,17 @@ def test_tensors_in_places_that_are_easily_forgotten(folder: Path) -> None:
     assert "'w' is sparse" in refused(folder, sparse)
 
 
+def test_a_size_of_minus_one_is_one_that_may_vary(folder: Path) -> None:
+    """As paddle2onnx writes it."""
+    proto = model([helper.make_node("Neg", ["x"], ["y"])])
+    for declared in (*proto.graph.input, *proto.graph.output):
+        declared.type.tensor_type.shape.dim[0].dim_value = -1
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    loaded = load(folder / "model.onnx")
+    assert invalid(loaded) is None
+    assert not isinstance(loaded.graph.inputs[0].shape[0], int)
+
+
 # Nodes
 
 

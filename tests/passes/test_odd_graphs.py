@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from pass_graphs import (
     Array,
     editable,
@@ -20,7 +21,9 @@ from pass_graphs import (
     text_of,
 )
 
-from pi05c.graph.io import to_proto
+from pi05c.graph.check import problems
+from pi05c.graph.dtypes import to_numpy
+from pi05c.graph.io import model_from_proto, to_proto
 from pi05c.graph.weights import array_of
 from pi05c.passes import PRESETS
 from pi05c.passes.pipeline import parse, run
@@ -298,3 +301,27 @@ def test_empty_tensors_go_through_all_exact_passes() -> None:
     assert {name: array.shape for name, array in outputs_of(after, inputs).items()} == {
         name: array.shape for name, array in outputs_of(proto, inputs).items()
     }
+
+
+def test_what_states_its_own_type_keeps_it() -> None:
+    """As the state that a recurrent network starts from (Silero VAD)."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["x"], ["size"]),
+            helper.make_node("ConstantOfShape", ["size"], ["start"], name="zeros"),
+            helper.make_node("Add", ["x", "start"], ["sum"], name="add"),
+            helper.make_node("MatMul", ["x", "w"], ["product"], name="project"),
+            helper.make_node("Sub", ["product", "sum"], ["y"], name="difference"),
+        ],
+        "states",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+    )
+    model = model_from_proto(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    )
+    run(model, parse("fp16", PRESETS))
+    (made,) = (node for node in model.graph.nodes if node.op == "ConstantOfShape")
+    assert to_numpy(made.outputs[0].dtype) == np.float32
+    assert problems(model) == []
