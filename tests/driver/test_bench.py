@@ -108,23 +108,6 @@ def test_the_plain_model_beside_it(split_engine: Path, pi05c: Command) -> None:
     assert [(part["name"], part["runs"]) for part in plain["parts"]] == [("prefix", 1), ("step", 2)]
 
 
-def test_a_sweep_makes_models_of_other_sizes(tiny_model: Path, tmp_path: Path, pi05c: Command) -> None:
-    copy = tmp_path / "model.onnx"
-    copy.write_bytes(tiny_model.read_bytes())
-    page = tmp_path / "bench.html"
-    result = pi05c(
-        *("bench", copy, *QUICK, "--sweep", "views=1,2", "--passes", "exact", "--backend", "onnxruntime"),
-        *("--json", "-o", page),
-    )
-    assert result.status == 0, result.err
-    found = json.loads(result.out)["configurations"]
-    assert [item["name"] for item in found] == ["exact, views 1", "exact, views 2"]
-    assert [item["sizes"]["views"] for item in found] == [1, 2]
-    assert all(item["swept"] == {"views": item["sizes"]["views"]} for item in found)
-    assert "By views" in page.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "bench.html"}
-
-
 def test_a_model_of_another_exporter(policy: Path, pi05c: Command) -> None:
     result = pi05c("bench", policy, *QUICK, "--json")
     assert result.status == 0, result.err
