@@ -206,6 +206,8 @@ class _Job:
         by_part: the passes of each piece, by its place.
         parts: of a policy that is split.
         stamps: of the files that are read.
+        plain: the plain graph, which passes rewrite in place.
+        inputs, outputs: of the plain graph.
         fixed: values of inputs that passes fix.
         key: of what the result depends on; empty for a run that is looked at, which starts from the beginning.
     """
@@ -217,6 +219,8 @@ class _Job:
     options: RunOptions
     builder: Builder
     plain: Model
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
     parts: list[PartGraph] | None
     samples: RunSamples | None
     source: SourceRecord
@@ -242,11 +246,6 @@ class _Job:
     def uses_ranges(self) -> bool:
         """Whether a pass is calibrated."""
         return any(step.spec.ranges for chosen in self.by_part.values() for step in chosen.plan.steps)
-
-    @property
-    def outputs(self) -> list[TensorRecord]:
-        """What the policy returns."""
-        return tensor_records(self.plain.graph.outputs)
 
 
 def _prepare(
@@ -304,6 +303,8 @@ def _prepare(
         options=options,
         builder=builder,
         plain=plain,
+        inputs=tensor_records(plain.graph.inputs),
+        outputs=tensor_records(plain.graph.outputs),
         parts=parts,
         samples=samples,
         source=source,
@@ -431,7 +432,7 @@ def _verify(
     limit = job.max_error
     if limit is None:
         limit = default_limit(precision, weights_random=job.source.weights_random)
-    inputs, outputs = tensor_records(job.plain.graph.inputs), job.outputs
+    inputs, outputs = job.inputs, job.outputs
     names = [record.name for record in outputs]
     runs = {record.place: record.runs for record in finished.rewritten}
     simulated = run_all(

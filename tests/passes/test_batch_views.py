@@ -95,6 +95,7 @@ def with_operator(lines: str, batch: int) -> onnx.ModelProto:
         "square": normal(5, 6, 6),
         "stack_of_one": normal(6, 1, 6, 6),
         "for_each": normal(7, batch, 6, 6),
+        "one_each": normal(8, batch * 4 * 6, 1),
         "floor": np.float32(-0.5),
         "ceiling": np.float32(0.5),
     }
@@ -135,7 +136,6 @@ MIXES = {
     "Transpose": "y@ = Transpose<perm = [1, 0, 2]>(x@)",
     "Softmax": "y@ = Softmax<axis = 0>(x@)",
     "mean": "y@ = ReduceMean(x@, zero)",
-    "mean of all": "y@ = ReduceMean(x@)",
     "LayerNormalization": "y@ = LayerNormalization<axis = 0>(x@, each)",
     "Slice": "y@ = Slice(x@, zero, one, zero)",
     "Gather": "y@ = Gather(x@, zero)",
@@ -144,7 +144,7 @@ MIXES = {
     "entry for each": "y@ = Add(x@, each)",
     "matrix for each": "y@ = MatMul(x@, for_each)",
     "broadcast along the batch": "s@ = Reshape(x@, one_sample)\n m@ = ReduceMean(s@, one)\n y@ = Mul(x@, m@)",
-    "broadcast of a lower rank": "s@ = Reshape(x@, one_row)\n y@ = Add(s@, same)",
+    "broadcast of a lower rank": "s@ = Reshape(x@, one_row)\n y@ = Add(s@, one_each)",
     "unknown": "y@ = Tile(x@, once)",
 }
 """The last operator of each mixes."""
@@ -166,6 +166,11 @@ def test_operators_that_mix_the_batch(name: str) -> None:
     assert len(reasons) == 1
     last = MIXES[name].rsplit("y@ = ", 1)[1]
     assert reasons[0].startswith(f"{last[: last.index('(')].split('<')[0]} 'y0.")
+
+
+def test_a_mean_of_all_mixes_the_batch() -> None:
+    (reason,) = refused(with_operator("m@ = ReduceMean(x@)\n y@ = Mul(x@, m@)", 2))
+    assert reason.startswith("ReduceMean 'm0.")
 
 
 # Where the copies begin
