@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pi05c
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import BuildError, Pi05cError, unwritable
 
 EVENT = "@pi05c "
 """What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
@@ -104,7 +104,63 @@ class ChildRun:
         return f"the builder crashed ({name}){held}"
 
 
-def run_child(
+def produce(
+    command: Sequence[str],
+    request: Callable[[str, str], str],
+    model: Path,
+    artifact: Path,
+    *,
+    failed: str,
+    versions: Mapping[str, str],
+    time_limit_s: float | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[BuildProgress], None] | None = None,
+    reproducer_dir: Path | None = None,
+) -> ChildRun:
+    """Let a builder make a file of a graph; the file is there whole, or as it was before.
+
+    Args:
+        command, time_limit_s, memory_limit, progress: as `_run_child` takes them.
+        request: JSON for the path of a graph and that of the file to write.
+        failed: the beginning of the sentence that says why it failed.
+        versions: of the builder, by name.
+        reproducer_dir: where to leave, if it fails, the command that fails again, its log and the versions.
+
+    Raises:
+        Pi05cError: the builder cannot be started.
+        BuildError: it logged an error, crashed, was killed, or exceeded its limits.
+    """
+    artifact = artifact.absolute()
+    partial = artifact.with_name(f".{artifact.stem}.{os.getpid()}.partial{artifact.suffix}")
+    try:
+        run = _run_child(
+            command,
+            request(str(model.absolute()), str(partial)),
+            partial,
+            time_limit_s=time_limit_s,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+        if failure := run.failure():
+            where = ""
+            if reproducer_dir is not None:
+                script = _write_reproducer(
+                    reproducer_dir,
+                    command,
+                    lambda place: request(place, f"model{artifact.suffix}"),
+                    model.absolute(),
+                    run,
+                    versions,
+                )
+                where = f"; {script} reproduces it"
+            raise BuildError(f"{failed}: {failure}{where}")
+        partial.replace(artifact)
+    finally:
+        partial.unlink(missing_ok=True)
+    return run
+
+
+def _run_child(
     command: Sequence[str],
     request: str,
     partial: Path,
@@ -203,7 +259,7 @@ def _take_event(
             progress(BuildProgress(event["phase"], event["step"], event["steps"]))
 
 
-def write_reproducer(
+def _write_reproducer(
     folder: Path,
     command: Sequence[str],
     request: Callable[[str], str],
@@ -280,7 +336,6 @@ __all__ = [
     "ChildRun",
     "end_with_parent",
     "memory_of",
-    "run_child",
+    "produce",
     "send",
-    "write_reproducer",
 ]

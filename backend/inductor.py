@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from pi05c.backend.child import BuildProgress, run_child, write_reproducer
+from pi05c.backend.child import BuildProgress, produce
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.inductor_worker import Request
 from pi05c.backend.targets import Target, target_of
-from pi05c.graph.errors import BuildError, Pi05cError
+from pi05c.graph.errors import Pi05cError
 
 INDUCTOR = "inductor"
 """What `--backend` calls it."""
@@ -113,40 +113,22 @@ def build(
     """
     if reason := cannot_compile(targets, options):
         raise Pi05cError(f"{reason}: build it on the device itself, with `pi05c build`")
-    package_path = package_path.absolute()
-    partial = package_path.with_name(f"partial-{os.getpid()}-{package_path.name}")
     request = Request(
-        model=str(model_path.absolute()),
-        package=str(partial),
-        device=CPU if options.cpu else "cuda",
-        max_autotune=options.max_autotune,
+        model="", package="", device=CPU if options.cpu else "cuda", max_autotune=options.max_autotune
     )
-    try:
-        run = run_child(
-            WORKER_COMMAND,
-            request.to_json(),
-            partial,
-            time_limit_s=options.time_limit_s,
-            memory_limit=options.memory_limit,
-            progress=progress,
-        )
-        if failure := run.failure():
-            where = ""
-            if reproducer_dir is not None:
-                script = write_reproducer(
-                    reproducer_dir,
-                    WORKER_COMMAND,
-                    lambda model: replace(request, model=model, package=package_path.name).to_json(),
-                    Path(request.model),
-                    run,
-                    {"torch": metadata.version("torch")},
-                )
-                where = f"; {script} reproduces it"
-            raise BuildError(f"Inductor did not compile {model_path}: {failure}{where}")
-        assert run.built is not None
-        partial.replace(package_path)
-    finally:
-        partial.unlink(missing_ok=True)
+    run = produce(
+        WORKER_COMMAND,
+        lambda model, package: replace(request, model=model, package=package).to_json(),
+        model_path,
+        package_path,
+        failed=f"Inductor did not compile {model_path}",
+        versions={"torch": metadata.version("torch")},
+        time_limit_s=options.time_limit_s,
+        memory_limit=options.memory_limit,
+        progress=progress,
+        reproducer_dir=reproducer_dir,
+    )
+    assert run.built is not None
     return Package(run.built["version"], run.seconds, run.peak_memory)
 
 

@@ -62,7 +62,13 @@ class InductorEngine:
                 "`pi05c build`"
             )
         weights = dict(self._module.named_buffers())
-        taken = {name: weights[name] for name in loaded.get_constant_fqns()}
+        names = loaded.get_constant_fqns()
+        if own := [name for name in names if name not in weights]:
+            raise Pi05cError(
+                f"{package} needs {len(own)} constants that torch made while it compiled, such as {own[0]!r}, and does "
+                "not hold them: build it with another version of torch, or for TensorRT"
+            )
+        taken = {name: weights[name] for name in names}
         loaded.load_constants(taken, check_full_update=True, user_managed=True)
         self._package: Any = loaded.loader
 

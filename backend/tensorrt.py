@@ -8,7 +8,6 @@ operator runs, and the builder obeys.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +15,12 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from pi05c.backend.child import BuildProgress, run_child, write_reproducer
+from pi05c.backend.child import BuildProgress, produce
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.signature import TensorSpec, inputs_of
 from pi05c.backend.targets import Flavour, Target, target_of
 from pi05c.backend.tensorrt_worker import Request
-from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.graph.errors import Pi05cError, UsageError
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.tensorrt_worker")
 """The command that takes the path of a request; tests put a misbehaving one in its place."""
@@ -189,12 +188,10 @@ def build(
     if reason := can_build(options.targets, options.flavour):
         raise Pi05cError(f"{reason}: build it on the device itself, with build_engine.sh or `pi05c build`")
     _check_profiles(model_path, options.profiles)
-    plan_path = plan_path.absolute()
-    partial = plan_path.with_name(f".{plan_path.name}.{os.getpid()}.partial")
     request = Request(
         rtx=options.flavour is Flavour.TENSORRT_RTX,
-        model=str(model_path.absolute()),
-        plan=str(partial),
+        model="",
+        plan="",
         compute_capabilities=tuple(target.compute_capability for target in options.targets),
         shapes={profile.name: (profile.min, profile.opt, profile.max) for profile in options.profiles},
         version_compatible=options.version_compatible,
@@ -205,40 +202,24 @@ def build(
         workspace=options.workspace,
         verbose=options.verbose,
     )
-    try:
-        run = run_child(
-            WORKER_COMMAND,
-            request.to_json(),
-            partial,
-            time_limit_s=options.time_limit_s,
-            memory_limit=options.memory_limit,
-            progress=progress,
-        )
-        if failure := run.failure():
-            where = ""
-            if reproducer_dir is not None:
-                script = write_reproducer(
-                    reproducer_dir,
-                    WORKER_COMMAND,
-                    lambda model: replace(request, model=model, plan="model.engine").to_json(),
-                    Path(request.model),
-                    run,
-                    {options.flavour.value: installed_version(options.flavour) or "unknown"},
-                )
-                where = f"; {script} reproduces it"
-            names = " and ".join(target.name for target in options.targets) or "the portable targets"
-            raise BuildError(
-                f"{options.flavour.product} did not build {model_path} for {names}: {failure}{where}"
-            )
-        plan_bytes = partial.stat().st_size
-        partial.replace(plan_path)
-    finally:
-        partial.unlink(missing_ok=True)
+    names = " and ".join(target.name for target in options.targets) or "the portable targets"
+    run = produce(
+        WORKER_COMMAND,
+        lambda model, plan: replace(request, model=model, plan=plan).to_json(),
+        model_path,
+        plan_path,
+        failed=f"{options.flavour.product} did not build {model_path} for {names}",
+        versions={options.flavour.value: installed_version(options.flavour) or "unknown"},
+        time_limit_s=options.time_limit_s,
+        memory_limit=options.memory_limit,
+        progress=progress,
+        reproducer_dir=reproducer_dir,
+    )
     return BuildResult(
         flavour=options.flavour,
         version="" if run.built is None else run.built["version"],
         targets=options.targets,
-        plan_bytes=plan_bytes,
+        plan_bytes=plan_path.stat().st_size,
         seconds=run.seconds,
         peak_memory=run.peak_memory,
         warnings=tuple(dict.fromkeys(run.lines("[W]"))),

@@ -390,7 +390,7 @@ def build(
     for place in places:
         refuse_unsupported(builder.targets, dtypes_of(load(folder / place / GRAPH).graph))
     product = engine_record(builder).product
-    partials = {place: folder / place / f".{product}.new" for place in places}
+    partials = {place: folder / place / f".new-{product}" for place in places}
     results = {}
     try:
         for place, partial in partials.items():

@@ -20,6 +20,7 @@ from pi05c.manifest import read_manifest
 __all__ = ["policy"]
 
 COMPILES = """
+    assert request["package"].endswith(".pt2"), "torch takes no other name"
     Path(request["package"]).write_bytes(b"package for " + request["device"].encode())
     print("@pi05c " + json.dumps({"event": "built", "version": "9.9", "peak_memory": 1}))
     """

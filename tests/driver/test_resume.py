@@ -238,8 +238,11 @@ def test_what_a_killed_process_finished_is_taken_over(
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path), *command])
     try:
         deadline = time.monotonic() + 120
-        while not any(place.glob(f".engine.partial-*/{PLAN}*")) and time.monotonic() < deadline:
+        while (
+            not any(place.glob(".engine.partial-*/.model.*.partial.engine")) and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
+        assert time.monotonic() < deadline
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
