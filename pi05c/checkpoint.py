@@ -56,15 +56,14 @@ class Finished(_Record):
     """What is finished of a compile.
 
     `key` says of which (`key_of`). `rewritten` holds a record for each written graph, `manifest` what is known once they
-    are verified, `built` the places whose plans are built, and `sizes` the bytes of each file.
+    are verified, `built` the places whose plans are built, and `files` the size in bytes of each file.
     """
 
     key: str
     rewritten: list[RewrittenRecord]
     manifest: Manifest | None = None
     built: list[str] = Field(default_factory=list)
-    sizes: dict[str, int] = Field(default_factory=dict)
-    files: list[str] = Field(default_factory=list)
+    files: dict[str, int] = Field(default_factory=dict)
 
     @property
     def told(self) -> str:
@@ -108,9 +107,10 @@ def keep(work: Scratch, finished: Finished) -> None:
         for name in (GRAPH, f"{GRAPH}.data", TABLE)
     ]
     names += [SAMPLES, *(inside(place, name) for place in finished.built for name in (PLAN, PACKAGE))]
-    sizes = {name: (work.folder / name).stat().st_size for name in names if (work.folder / name).is_file()}
-    about = finished.model_copy(update={"sizes": sizes}).model_dump(mode="json", exclude={"files"})
-    work.keep(sizes, about)
+    work.keep(
+        [name for name in names if (work.folder / name).is_file()],
+        finished.model_dump(mode="json", exclude={"files"}),
+    )
 
 
 def _read(place: Path) -> Finished | None:
@@ -122,8 +122,8 @@ def _read(place: Path) -> Finished | None:
 def _whole(place: Path, finished: Finished) -> bool:
     """Whether the files are there, in their sizes."""
     try:
-        return all((place / name).stat().st_size == finished.sizes[name] for name in finished.files)
-    except (OSError, KeyError):
+        return all((place / name).stat().st_size == size for name, size in finished.files.items())
+    except OSError:
         return False
 
 

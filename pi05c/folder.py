@@ -148,13 +148,13 @@ class Scratch:
 
         Args:
             files: paths relative to the folder; they are on the disk when this returns.
-            about: JSON values for whoever takes the files over.
+            about: JSON values for whoever takes the files over, who finds under `files` the size of each in bytes.
         """
-        names = sorted(files)
-        for name in names:
+        sizes = {name: (self.folder / name).stat().st_size for name in sorted(files)}
+        for name in sizes:
             _sync_file(self.folder / name)
         partial = self.folder / f".{CHECKPOINT}.partial"
-        partial.write_text(json.dumps({**about, "files": names}), encoding="utf-8")
+        partial.write_text(json.dumps({**about, "files": sizes}), encoding="utf-8")
         _sync_file(partial)
         partial.replace(self.folder / CHECKPOINT)
 
