@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 
 test: check
 	$(BIN)/pi05c golden check golden
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 # Twenty times as many generated graphs as in `make test`, other ones each time; then ten minutes of bytes that look for
 # a way through the loader. Atheris has wheels for Python 3.11 and later on Linux.
