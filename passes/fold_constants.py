@@ -166,7 +166,7 @@ def transpose_before_cast(graph: gs.Graph, editors: dict[int, Editor]) -> Iterat
             if (
                 len(weight.outputs) != 1
                 or len(cast.outputs[0].outputs) != 1
-                or id(cast.outputs[0]) in returned
+                or not returned.isdisjoint((id(weight), id(cast.outputs[0])))
             ):
                 continue
             perm = node.attrs.get("perm") or list(range(len(weight.shape)))[::-1]

@@ -125,6 +125,17 @@ CASES = [
         {"w": normal(1, 4, 3, 3, 3)},
     ),
     Odd(
+        "canonicalize",
+        "a weight that the graph returns",
+        """(double[2,4] x) => (double[2,4] y) {
+          wide = Cast<to=11>(w)
+          turned = Transpose<perm=[1,0]>(wide)
+          y = MatMul(x, turned)
+        }""",
+        {"w": normal(1, 4, 4)},
+        returns="w",
+    ),
+    Odd(
         "fold_norms",
         "a weight that the graph returns",
         """(float[2,8] x) => (float[2,4] y) {

@@ -42,6 +42,9 @@ BLOCKS = (
 def examples(count: int) -> Callable[[Any], Any]:
     """So many examples of a property, the same ones each time; with `PI05C_FUZZ=N` N times as many, other ones each time.
 
+    The same but for constants: Hypothesis draws some from the modules that are imported by then, which differ between
+    runs that hand tests to workers in another order.
+
     What fails is shrunk in the latter case alone, which takes minutes. Generation is not stopped for being slow, nor an
     example: processors are shared.
     """
