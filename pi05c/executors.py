@@ -56,7 +56,7 @@ def executor_for(
         raise UsageError(f"--jobs {jobs} is not usable: give a number of processes from 1 on")
     if dask is not None:
         with _dask_client(dask) as client:
-            yield client.get_executor(pure=False)
+            yield _DaskExecutor(client)
     elif jobs is not None and jobs > 1:
         with LocalProcesses(jobs) as processes:
             yield processes
@@ -198,6 +198,37 @@ class LocalProcesses(Executor):
             )
             failure.__cause__ = error
             call.result.set_exception(failure)
+
+
+class _DaskExecutor(Executor):
+    """Tasks of a Dask client.
+
+    Dask's own executor (distributed 2026.8.0, cfexecutor.py) fails with a TypeError where the worker that holds a result
+    dies while the result is fetched. `result()` of a Dask future waits until another worker has it.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As `Executor.submit`."""
+        remote = self._client.submit(fn, *args, pure=False, **kwargs)
+        local: Future[Any] = Future()
+        local.add_done_callback(lambda done: remote.cancel() if done.cancelled() else None)
+        remote.add_done_callback(lambda done: _copy(done, local))
+        return local
+
+
+def _copy(remote: Any, local: Future[Any]) -> None:
+    """Hand on how a Dask future ended."""
+    try:
+        result = remote.result()
+    except BaseException as error:
+        if local.set_running_or_notify_cancel():
+            local.set_exception(error)
+    else:
+        if local.set_running_or_notify_cancel():
+            local.set_result(result)
 
 
 @contextmanager
