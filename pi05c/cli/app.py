@@ -98,6 +98,14 @@ Backend = Annotated[
     str | None,
     typer.Option(help="tensorrt-rtx, tensorrt, inductor, or onnxruntime for a folder without a plan."),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(help="One engine a part: vision,prefix,denoise; vision,prefix+denoise; vision+prefix,step."),
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Denoising steps, of a folder whose step is an engine of its own.")
+]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds after which the builder is ended.")]
 MaxError = Annotated[
     float | None, typer.Option(help="Largest relative L2 error that passes; exit 3 beyond it.")
 ]

@@ -21,11 +21,21 @@ from pi05c.cli.app import (
     Passes,
     Plugin,
     Quiet,
+    Split,
     Target,
+    TimeLimit,
     Verbose,
     app,
 )
-from pi05c.cli.output import console, echo, engine_lines, make_progress, print_json, show_precision
+from pi05c.cli.output import (
+    console,
+    echo,
+    engine_lines,
+    make_progress,
+    plain_table,
+    print_json,
+    show_precision,
+)
 from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,12 +69,7 @@ def compile_command(
         ),
     ] = None,
     passes: Passes = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="One engine a part: vision,prefix,denoise; vision,prefix+denoise; vision+prefix,step."
-        ),
-    ] = None,
+    split: Split = None,
     calibration: Calibration = None,
     calibration_method: CalibrationMethod = "max",
     jobs: Jobs = None,
@@ -90,9 +95,7 @@ def compile_command(
     max_autotune: Annotated[
         bool, typer.Option("--max-autotune", help="Time several kernels for each product (inductor only).")
     ] = False,
-    time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which the builder is ended.")
-    ] = None,
+    time_limit: TimeLimit = None,
     plugin: Plugin = None,
     dump: Annotated[
         Path | None, typer.Option(help="Folder that gets the graph before the first pass and after each.")
@@ -205,9 +208,7 @@ def build(
         str | None,
         typer.Option(help="tensorrt-rtx, tensorrt or inductor, instead of the one in the manifest."),
     ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which the builder is ended.")
-    ] = None,
+    time_limit: TimeLimit = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -244,8 +245,6 @@ def _run_passes(
     quiet: bool,
 ) -> None:
     """Run passes without making an engine folder, and show what each did."""
-    from rich.table import Table
-
     from pi05c.passrun import run_passes
 
     run = run_passes(
@@ -279,10 +278,8 @@ def _run_passes(
             }
         )
     elif not quiet:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        table.add_column("pass")
-        for title in ("rewrites", "skipped", "nodes", "seconds", *(["moved by"] if run.errors else [])):
-            table.add_column(title, justify="right")
+        moved = ["moved by"] if run.errors else []
+        table = plain_table("pass", figures=("rewrites", "skipped", "nodes", "seconds", *moved))
         for index, result in enumerate(run.results):
             table.add_row(
                 result.step.text,
@@ -298,17 +295,14 @@ def _run_passes(
 
 
 def _show_compiled(folder: Path, manifest: Manifest) -> None:
-    from rich.table import Table
-
     screen = console()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    if manifest.parts:
-        table.add_column("part")
-    table.add_column("pass")
     places = [([part.name], part.pipeline) for part in manifest.parts] or [([], manifest.pipeline)]
     measured = any(record.moved is not None for _, pipeline in places for record in pipeline.passes)
-    for title in ("changed", "skipped", "nodes", "seconds", *(["moved by"] if measured else [])):
-        table.add_column(title, justify="right")
+    table = plain_table(
+        *(["part"] if manifest.parts else []),
+        "pass",
+        figures=("changed", "skipped", "nodes", "seconds", *(["moved by"] if measured else [])),
+    )
     for place, record in [(place, record) for place, pipeline in places for record in pipeline.passes]:
         table.add_row(
             *place,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pi05c.cli.app import Debug, Json, Plugin, Quiet, Verbose, app
-from pi05c.cli.output import FILE_WIDTH, console, make_progress, print_json
+from pi05c.cli.output import FILE_WIDTH, console, make_progress, plain_table, print_json
 from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,12 +135,8 @@ def _show_passes(
 
 
 def _table(labels: Sequence[str], device: Device | None) -> Any:
-    from rich.table import Table
-
-    table = Table(*labels, box=None, padding=(0, 2, 0, 0))
     figures = ["GFLOP", "weights MB", "activations MB", "kernels", "operators"]
-    for title in figures if device is None else [*figures, "ms"]:
-        table.add_column(title, justify="right")
+    table = plain_table(*labels, figures=figures if device is None else [*figures, "ms"])
     for column in table.columns:
         column.no_wrap = True
     return table

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pi05c.cli.app import Debug, Json, Plugin, app
-from pi05c.cli.output import console, engine_lines, print_json, show_precision
+from pi05c.cli.output import console, engine_lines, plain_table, print_json, show_precision
 
 
 @app.command("passes")
@@ -24,9 +24,7 @@ def passes_command(plugin: Plugin = None, json_: Json = False, debug: Debug = Fa
     if json_:
         print_json({"passes": [_described(name) for name in order], "presets": PRESETS})
         return
-    from rich.table import Table
-
-    table = Table("pass", "exact", "what it does", "options", box=None, padding=(0, 2, 0, 0))
+    table = plain_table("pass", "exact", "what it does", "options")
     for name in order:
         facts = _described(name)
         options = "\n".join(f"{option['name']}={option['default']}" for option in facts["options"])

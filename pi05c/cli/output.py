@@ -22,15 +22,21 @@ FILE_WIDTH = 200
 """Columns of a table that goes to a file or a pipe, where nothing need be cut off."""
 
 
-def show_precision(records: Sequence[PrecisionRecord]) -> None:
+def plain_table(*text: str, figures: Sequence[str] = (), title: str | None = None) -> Any:
+    """A table without a frame: columns of text, then columns of figures."""
     from rich.table import Table
 
+    table = Table(*text, box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def show_precision(records: Sequence[PrecisionRecord]) -> None:
     dtypes = list(dict.fromkeys(record.dtype for record in records))
     if not dtypes:
         return
-    table = Table("part", "operators", box=None, padding=(0, 2, 0, 0))
-    for dtype in dtypes:
-        table.add_column(dtype, justify="right")
+    table = plain_table("part", "operators", figures=dtypes)
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for record in records:
         rows.setdefault((record.part, record.kind), {})[record.dtype] = record.count
@@ -40,11 +46,10 @@ def show_precision(records: Sequence[PrecisionRecord]) -> None:
 
 
 def show_errors(title: str, comparison: Comparison) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    for name in ("sample", "output", "relative L2", "cosine", "SQNR dB", "max abs"):
-        table.add_column(name, justify="left" if name == "output" else "right")
+    table = plain_table(
+        title=title, figures=("sample", "output", "relative L2", "cosine", "SQNR dB", "max abs")
+    )
+    table.columns[1].justify = "left"
     for error in comparison.errors:
         table.add_row(
             str(error.sample),

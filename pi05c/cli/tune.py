@@ -20,7 +20,7 @@ from pi05c.cli.app import (
     Verbose,
     app,
 )
-from pi05c.cli.output import console, make_progress, print_json
+from pi05c.cli.output import console, make_progress, plain_table, print_json
 
 if TYPE_CHECKING:
     from pi05c.tuning import TuneResult
@@ -100,18 +100,14 @@ def tune(
 
 
 def _show(result: TuneResult) -> None:
-    from rich.table import Table
-
     from pi05c.tunegroups import KEPT
     from pi05c.tunereport import UNITS
 
     screen = console(160)
     scale, unit = UNITS[result.minimize]
     formats = list(dict.fromkeys(each for group in result.groups for each in group.formats))
-    table = Table("group", box=None, padding=(0, 2, 0, 0))
-    for each in formats:
-        table.add_column(f"error in {each}", justify="right")
-        table.add_column(f"saves, {unit}", justify="right")
+    columns = [(f"error in {each}", f"saves, {unit}") for each in formats]
+    table = plain_table("group", figures=[title for pair in columns for title in pair])
     table.add_column("chosen")
     for group in result.groups:
         cells: list[str] = []
@@ -123,9 +119,7 @@ def _show(result: TuneResult) -> None:
         chosen = result.chosen.choice[group.name]
         table.add_row(group.name, *cells, "float16" if chosen == KEPT else chosen)
     screen.print(table)
-    table = Table("", box=None, padding=(0, 2, 0, 0))
-    for title in ("predicted", "error", "held back", "weights MB", "floor ms"):
-        table.add_column(title, justify="right")
+    table = plain_table("", figures=("predicted", "error", "held back", "weights MB", "floor ms"))
     for point in result.points:
         if point.kind in ("naive", "chosen"):
             held_back = "" if point.held_back is None else f"{point.held_back.worst:.4f}"
