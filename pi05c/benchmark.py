@@ -8,8 +8,8 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.inspection import source_of
 from pi05c.manifest import read_manifest
 from pi05c.progress import Progress
-from pi05c.runtime import ONNXRUNTIME, HostSession, Policy
+from pi05c.runtime import ONNXRUNTIME, HostSession, Policy, choose
 from pi05c.runtime import load as load_policy
 
 SWEPT = ("batch", "views", "prompt_length", "horizon", "steps")
@@ -164,21 +164,23 @@ class Request:
     seed: int = 0
 
 
-def parse_sweep(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read `views=1,2,3`.
+def parse_sweeps(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Read `views=1,2,3` and the like; one size may be given several times.
 
     Raises:
-        UsageError: no such size, or no numbers.
+        UsageError: no such size, or no positive numbers.
     """
-    name, _, numbers = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if name not in SWEPT:
-        raise UsageError(f"--sweep {text!r} names no size: choose among {', '.join(SWEPT)}")
-    try:
-        values = tuple(int(number) for number in numbers.split(","))
-    except ValueError as error:
-        raise UsageError(f"--sweep {text!r} is malformed: write {name}=1,2,3") from error
-    return name, values
+    sweeps: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in SWEPT:
+            raise UsageError(f"--sweep {text!r} names no size: choose among {', '.join(SWEPT)}")
+        words = [word.strip() for word in numbers.split(",")]
+        if not all(word.isdecimal() and int(word) for word in words):
+            raise UsageError(f"--sweep {text!r} is malformed: write {name}=1,2,3")
+        sweeps[name] = tuple(dict.fromkeys((*sweeps.get(name, ()), *map(int, words))))
+    return sweeps
 
 
 def bench(request: Request, progress: Progress | None = None) -> Benchmark:
@@ -193,16 +195,22 @@ def bench(request: Request, progress: Progress | None = None) -> Benchmark:
     _import_torch(request)
     gauge = _Gauge()
     found: list[Configuration] = []
-    done: set[tuple[str, str]] = set()
+    baselines: dict[tuple[str, str], Configuration] = {}
     for subject in _subjects(request, progress):
         with progress.stage(f"measure {subject.name}"):
-            found.append(_measure(subject, request, gauge, progress))
+            measured = [_measure(subject, request, gauge, progress)]
         for kind in request.baselines:
-            if (kind, subject.config_key) in done:
-                continue
-            done.add((kind, subject.config_key))
-            with progress.stage(f"measure {kind}"):
-                found.append(_measure(subject.baseline(kind, request.seed), request, gauge, progress))
+            plain, key = subject.baseline(kind, request.seed), (kind, subject.config_key)
+            if key not in baselines:
+                with progress.stage(f"measure {plain.name}"):
+                    baselines[key] = _measure(plain, request, gauge, progress)
+            measured.append(baselines[key])
+        for swept in subject.points:
+            label = "".join(f", {name} {value}" for name, value in swept.items())
+            labelled = [
+                item.model_copy(update={"name": item.name + label, "swept": swept}) for item in measured
+            ]
+            found += [item for item in labelled if item not in found]
     return Benchmark(
         versions={"python": platform.python_version(), **_versions()},
         cpu=_cpu(),
@@ -228,31 +236,39 @@ def _refuse(request: Request) -> None:
         raise UsageError(
             "--steps is for folders whose step is an engine of its own: use --sweep steps=N for a model"
         )
-    if len(folders) == len(request.paths) and (request.passes or request.backend or request.split):
+    compiling = request.passes or request.backend or request.split
+    if len(folders) == len(request.paths) and compiling:
         raise UsageError("--passes, --backend and --split compile ONNX files, and there are only folders")
+    if compiling and not request.passes:
+        raise UsageError("--backend and --split say how an ONNX file is compiled: give its --passes too")
 
 
 def _import_torch(request: Request) -> None:
     """Import torch where something will need it, so that nothing's start is charged with it."""
     folders = [read_manifest(path) for path in request.paths if path.is_dir()]
     flavours = [manifest.engine.flavour for manifest in folders]
-    if request.baselines or INDUCTOR in (request.backend, *flavours):
+    if request.baselines or INDUCTOR in (request.backend, *flavours) or compute_capabilities():
         with contextlib.suppress(ImportError):
             import torch  # noqa: F401
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A policy that can be loaded."""
+    """A policy that can be loaded.
+
+    Attributes:
+        points: the values of swept sizes that it stands for.
+    """
 
     name: str
     load: Callable[[], Policy]
     config: Pi05Config | None
-    swept: dict[str, int] = field(default_factory=dict)
+    points: Sequence[dict[str, int]] = ({},)
 
     @property
     def config_key(self) -> str:
-        return "" if self.config is None else self.config.to_json()
+        """What a baseline is made of."""
+        return "" if self.config is None else replace(self.config, name="").to_json()
 
     def baseline(self, kind: str, seed: int) -> _Subject:
         """The plain model of the same sizes."""
@@ -262,7 +278,7 @@ class _Subject:
                 f"{self.name} does not say which network it is, so there is no plain model to set beside it: export it "
                 "with pi05c, or leave out --baseline"
             )
-        return _Subject(kind, lambda: load_baseline(config, kind, seed), config, self.swept)
+        return _Subject(kind, lambda: load_baseline(config, kind, seed), config)
 
 
 def _subjects(request: Request, progress: Progress) -> Iterator[_Subject]:
@@ -273,15 +289,15 @@ def _subjects(request: Request, progress: Progress) -> Iterator[_Subject]:
         elif not request.sweeps and not request.passes:
             yield _graph(path)
         else:
-            for model, swept in _models(path, request, progress):
-                yield from _compiled(model, swept, request, progress)
+            for model, points in _models(path, request, progress):
+                yield from (replace(each, points=points) for each in _compiled(model, request, progress))
 
 
-def _folder(path: Path, steps: int | None) -> _Subject:
+def _folder(path: Path, steps: int | None, backend: str | None = None) -> _Subject:
     config = _config(read_manifest(path).source.config)
     if config is not None:
         config = config.with_options(steps=steps)
-    return _Subject(path.name or str(path), lambda: load_policy(path, steps=steps), config)
+    return _Subject(path.name or str(path), lambda: load_policy(path, backend=backend, steps=steps), config)
 
 
 def _graph(path: Path) -> _Subject:
@@ -305,10 +321,12 @@ def _graph(path: Path) -> _Subject:
     return _Subject(path.name, load_graph, config)
 
 
-def _models(path: Path, request: Request, progress: Progress) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The model, or models with random weights that differ from it in one size each."""
+def _models(
+    path: Path, request: Request, progress: Progress
+) -> Iterator[tuple[Path, Sequence[dict[str, int]]]]:
+    """The model, or models with random weights that differ from it in one size each, and what each stands for."""
     if not request.sweeps:
-        yield path, {}
+        yield path, [{}]
         return
     from pi05c.frontend.export import export_model
     from pi05c.graph.io import load
@@ -318,63 +336,58 @@ def _models(path: Path, request: Request, progress: Progress) -> Iterator[tuple[
         raise Pi05cError(
             f"{path} does not say which network it is, so models of other sizes cannot be made: export it with pi05c"
         )
-    sizes = {name: getattr(config, name) for name in SWEPT}
+    points: dict[Pi05Config, list[dict[str, int]]] = {}
     for name, values in request.sweeps.items():
         for value in values:
-            with tempfile.TemporaryDirectory(prefix=".bench-", dir=path.parent) as scratch:
-                described = Path(scratch) / "config.json"
-                described.write_text(
-                    json.dumps({"architecture": asdict(config.architecture), "action_dim": config.action_dim})
-                )
-                model = Path(scratch) / "model.onnx"
-                with progress.stage(f"export {name}={value}"):
-                    export_model(
-                        None,
-                        model,
-                        config=str(described),
-                        random=True,
-                        seed=request.seed,
-                        **{**sizes, name: value},
-                    )
-                yield model, {name: value}
+            points.setdefault(config.with_options(**{name: value}), []).append({name: value})
+    for config, stands_for in points.items():
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=path.parent) as scratch:
+            described = Path(scratch) / "config.json"
+            described.write_text(
+                json.dumps({"architecture": asdict(config.architecture), "action_dim": config.action_dim})
+            )
+            model = Path(scratch) / "model.onnx"
+            sizes = {name: getattr(config, name) for name in SWEPT}
+            told = ", ".join(f"{name}={value}" for point in stands_for for name, value in point.items())
+            with progress.stage(f"export {told}"):
+                export_model(None, model, config=str(described), random=True, seed=request.seed, **sizes)
+            yield model, stands_for
 
 
-def _compiled(model: Path, swept: dict[str, int], request: Request, progress: Progress) -> Iterator[_Subject]:
+def _compiled(model: Path, request: Request, progress: Progress) -> Iterator[_Subject]:
     """The model compiled by each pipeline, one after the other; as it is where there are none."""
     from pi05c.compilation import compile
 
-    label = "".join(f", {name} {value}" for name, value in swept.items())
     if not request.passes:
-        plain = _graph(model)
-        yield _Subject(f"plain graph{label}", plain.load, plain.config, swept)
+        yield replace(_graph(model), name="plain graph")
         return
     for passes in request.passes:
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=model.parent) as scratch:
-            samples = _made_up_samples(model, Path(scratch) / "samples.npz", request.seed)
             compiled = compile(
                 model,
                 Path(scratch) / "engine",
                 passes=passes,
                 split=request.split,
                 backend=request.backend,
-                calibration=samples,
+                calibration=_made_up_samples(model, request.seed),
                 max_error=_ANY_ERROR,
+                cache=Path(scratch) / "cache",
                 progress=progress,
             )
-            folder = _folder(compiled.folder, None)
-            yield _Subject(f"{passes}{label}", folder.load, folder.config, swept)
+            runs_here, _ = choose(compiled.folder, compiled.manifest)
+            yield replace(_folder(compiled.folder, None, runs_here), name=passes)
 
 
-def _made_up_samples(model: Path, path: Path, seed: int) -> list[Path]:
+def _made_up_samples(model: Path, seed: int) -> Sequence[dict[str, Any]]:
     """One sample to calibrate with and one to verify on; those that belong to a model that says not what it is."""
-    from pi05c.frontend.samples import synthetic_samples, write_samples
+    from pi05c.frontend.samples import synthetic_samples
     from pi05c.graph.io import load
 
     config = _config(source_of(load(model), hashed=False).config)
     if config is None:
         return []
-    write_samples(path, synthetic_samples(config, seed, 2), synthetic=True)
-    return [path]
+    arrays = synthetic_samples(config, seed, 2)
+    return [{name: array[index] for name, array in arrays.items()} for index in range(2)]
 
 
 def _config(fields: Any) -> Pi05Config | None:
@@ -412,7 +425,7 @@ def _measure(subject: _Subject, request: Request, gauge: _Gauge, progress: Progr
             device=session.device_name,
             on_gpu=session.on_gpu,
             sizes=sizes,
-            swept=subject.swept,
+            swept={},
             latency=latency,
             call=call,
             parts=parts,
@@ -473,7 +486,7 @@ class _Gauge:
         if on_gpu:
             return self._device_memory() - self._before[0]
         peak = memory_of()
-        return peak - self._before[1] if peak else None
+        return max(peak - self._before[1], 0) if peak else None
 
     def _device_memory(self) -> int:
         if self._device is None:
@@ -499,4 +512,4 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["Benchmark", "Configuration", "PartTiming", "Request", "Timing", "bench", "parse_sweep"]
+__all__ = ["Benchmark", "Configuration", "PartTiming", "Request", "Timing", "bench", "parse_sweeps"]

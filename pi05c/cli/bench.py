@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pi05c.cli.app import Backend, Debug, Json, Quiet, Verbose, app
-from pi05c.cli.output import FILE_WIDTH, console, make_progress, print_json
+from pi05c.cli.app import Backend, Debug, Json, Quiet, Split, Steps, Verbose, app
+from pi05c.cli.output import FILE_WIDTH, console, make_progress, plain_table, print_json
 from pi05c.graph.errors import Pi05cError, UsageError
 
 if TYPE_CHECKING:
@@ -29,18 +29,14 @@ def bench(
         ),
     ] = None,
     backend: Backend = None,
-    split: Annotated[
-        str | None, typer.Option(help="Compile into one engine a part, as pi05c compile does.")
-    ] = None,
+    split: Split = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
             help="views=1,2,3 (or batch, prompt-length, horizon, steps): models of these sizes with random weights."
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps, of folders whose step is an engine of its own.")
-    ] = None,
+    steps: Steps = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each configuration.")] = 50,
     warm_up: Annotated[int, typer.Option(help="Runs before them.")] = 5,
     seed: Annotated[int, typer.Option(help="Of observations and random weights.")] = 0,
@@ -56,7 +52,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time policies: latency, throughput, memory and cold start, by part where split."""
-    from pi05c.benchmark import Request, bench, parse_sweep
+    from pi05c.benchmark import Request, bench, parse_sweeps
     from pi05c.benchreport import write_benchmark
 
     _check_outputs(output or ())
@@ -67,7 +63,7 @@ def bench(
             passes=passes or (),
             backend=backend,
             split=split,
-            sweeps=dict(parse_sweep(text) for text in sweep or ()),
+            sweeps=parse_sweeps(sweep or ()),
             steps=steps,
             runs=runs,
             warm_up=warm_up,
@@ -96,14 +92,9 @@ def _check_outputs(paths: list[Path] | tuple[()]) -> None:
 
 
 def _show(found: Benchmark) -> None:
-    from rich.table import Table
-
     screen = console(FILE_WIDTH)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("configuration")
-    table.add_column("what ran")
-    for title in ("median ms", "p95", "p99", "call ms", "per second", "memory GB", "cold start s"):
-        table.add_column(title, justify="right")
+    figures = ("median ms", "p95", "p99", "call ms", "per second", "memory GB", "cold start s")
+    table = plain_table("configuration", "what ran", figures=figures)
     for item in found.configurations:
         latency = item.latency
         table.add_row(
@@ -117,11 +108,9 @@ def _show(found: Benchmark) -> None:
         )
     screen.print(table)
     if any(item.parts for item in found.configurations):
-        parts = Table(box=None, padding=(0, 2, 0, 0))
-        parts.add_column("configuration")
-        parts.add_column("part")
-        for title in ("calls", "median ms of one", "p95", "median ms of all"):
-            parts.add_column(title, justify="right")
+        parts = plain_table(
+            "configuration", "part", figures=("calls", "median ms of one", "p95", "median ms of all")
+        )
         for item in found.configurations:
             for part in item.parts:
                 one = part.call

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Command
-from small_policy import policy
+from small_policy import policy, write_policy
 
 import pi05c as package
-from pi05c.benchmark import Benchmark, Configuration, Timing, parse_sweep
+from pi05c.benchmark import Benchmark, Configuration, Timing, parse_sweeps
 from pi05c.benchreport import bars, plots, write_benchmark
 from pi05c.graph.errors import UsageError
 
@@ -108,6 +108,37 @@ def test_the_plain_model_beside_it(split_engine: Path, pi05c: Command) -> None:
     assert [(part["name"], part["runs"]) for part in plain["parts"]] == [("prefix", 1), ("step", 2)]
 
 
+def test_a_sweep_makes_models_of_other_sizes(tmp_path: Path, pi05c: Command) -> None:
+    pytest.importorskip("onnxscript", reason="exporting models needs the extra [torch]")
+    from pi05c.frontend.config import Architecture, GemmaSizes, LanguageSizes, Pi05Config, VisionSizes
+
+    heads = {"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    architecture = Architecture(
+        VisionSizes(width=32, depth=1, mlp_dim=32, num_heads=2, image_size=28, patch_size=14),
+        LanguageSizes(width=32, mlp_dim=32, vocab_size=64, **heads),
+        GemmaSizes(width=32, mlp_dim=32, **heads),
+    )
+    described = Pi05Config("small", architecture, horizon=2, prompt_length=8, views=2, steps=1)
+    model = write_policy(tmp_path / "model.onnx", metadata={"pi05c.config": described.to_json()})
+    before = {path.name for path in tmp_path.iterdir()}
+    page = tmp_path / "bench.html"
+    result = pi05c(
+        *("bench", model, *QUICK, "--sweep", "views=1,2", "--sweep", "steps=1", "--baseline", "torch-eager"),
+        *("--passes", "exact", "--backend", "onnxruntime", "--json", "-o", page),
+    )
+    assert result.status == 0, result.err
+    found = json.loads(result.out)["configurations"]
+    assert [item["name"] for item in found] == [
+        f"{name}, {point}" for point in ("views 1", "views 2", "steps 1") for name in ("exact", "torch-eager")
+    ]
+    sizes = {"batch": 1, "prompt_length": 8, "horizon": 2, "steps": 1}
+    assert [item["sizes"] for item in found] == [{**sizes, "views": views} for views in (1, 1, 2, 2, 2, 2)]
+    assert [item["swept"] for item in found[::2]] == [{"views": 1}, {"views": 2}, {"steps": 1}]
+    assert found[2]["latency"] == found[4]["latency"], "a model of the same sizes is made and measured once"
+    assert {"By views", "By steps"} <= set(re.findall("<h2>(.*)</h2>", page.read_text()))
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "bench.html"}
+
+
 def test_a_model_of_another_exporter(policy: Path, pi05c: Command) -> None:
     result = pi05c("bench", policy, *QUICK, "--json")
     assert result.status == 0, result.err
@@ -126,6 +157,7 @@ def test_a_model_of_another_exporter(policy: Path, pi05c: Command) -> None:
         (("--baseline", "jax"), "unknown baseline 'jax': choose among torch-eager, torch-compile"),
         (("--sweep", "cameras=1"), "names no size: choose among batch, views, prompt_length, horizon, steps"),
         (("--sweep", "views=one"), "is malformed: write views=1,2,3"),
+        (("--backend", "onnxruntime"), "give its --passes too"),
         (("--steps", "3"), "use --sweep steps=N"),
         (("-o", "bench.txt"), "must end in .json or .html"),
         (("-o", "nowhere/bench.json"), "name a file in a folder that exists"),
@@ -143,9 +175,13 @@ def test_folders_are_neither_compiled_nor_swept(split_engine: Path, pi05c: Comma
 
 
 def test_a_sweep_is_read() -> None:
-    assert parse_sweep("prompt-length=48,200") == ("prompt_length", (48, 200))
-    with pytest.raises(UsageError):
-        parse_sweep("views")
+    assert parse_sweeps(["prompt-length=48, 200", "views=1,2", "views=2,3"]) == {
+        "prompt_length": (48, 200),
+        "views": (1, 2, 3),
+    }
+    for text in ("views", "views=0,1", "views=-1"):
+        with pytest.raises(UsageError, match="write views=1,2,3"):
+            parse_sweeps([text])
 
 
 def test_plots_start_at_zero_and_join_what_differs_in_one_size(tmp_path: Path) -> None:
