@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 
-from pi05c.backend.signature import TensorSpec, inputs_of, spec_of
 from pi05c.backend.torch_device import TorchCpu, TorchCuda
-from pi05c.backend.torch_graph import TorchGraph, translate
+from pi05c.backend.torch_engine import TorchEngine
+from pi05c.backend.torch_graph import TorchGraph
 from pi05c.backend.torch_operators import to_numpy
 from pi05c.graph.errors import Pi05cError
 
@@ -24,24 +23,22 @@ _SAMPLED_ELEMENTS = 64
 _MESSAGE_CHARACTERS = 300
 
 
-class InductorEngine:
-    """A loaded package; its tensors are those of torch, on `device`.
+class InductorEngine(TorchEngine):
+    """A loaded package, which takes its weights from the translated graph."""
 
-    Attributes:
-        inputs: what `run` takes.
-        outputs: what `run` gives.
-    """
-
-    def __init__(self, model: Path, package: Path, device: TorchCpu | TorchCuda) -> None:
+    def __init__(
+        self, model: Path, package: Path, device: TorchCpu | TorchCuda, module: TorchGraph | None = None
+    ) -> None:
         """Load `package`, with the weights of the graph at `model`.
+
+        Args:
+            module: the translation of the graph on the device, where that is there already.
 
         Raises:
             Pi05cError: it does not load here, or was not compiled from that graph.
         """
-        self._device = device
-        self.inputs, self.outputs = specs_of(model)
-        place = str(device.device)
-        self._module: TorchGraph | None = translate(model, place)
+        super().__init__(model, device, module)
+        assert self.module is not None
         try:
             loaded = _loaded(package)
         except Exception as error:
@@ -52,16 +49,16 @@ class InductorEngine:
             ) from error
         metadata = loaded.get_metadata()
         has = torch.backends.cpu.get_cpu_capability()
-        if place == "cpu" and "AVX512" in metadata.get("AOTI_CPU_ISA", "") and has != "AVX512":
+        if not device.on_gpu and "AVX512" in metadata.get("AOTI_CPU_ISA", "") and has != "AVX512":
             raise Pi05cError(
                 f"{package} uses AVX512, and this CPU has {has}: build it here with `pi05c build`"
             )
-        if metadata.get(FINGERPRINT) != fingerprint(self._module):
+        if metadata.get(FINGERPRINT) != fingerprint(self.module):
             raise Pi05cError(
                 f"{package} was compiled from another graph than {model}, or by another pi05c: build it again with "
                 "`pi05c build`"
             )
-        weights = dict(self._module.named_buffers())
+        weights = dict(self.module.named_buffers())
         names = loaded.get_constant_fqns()
         if own := [name for name in names if name not in weights]:
             raise Pi05cError(
@@ -72,21 +69,13 @@ class InductorEngine:
         loaded.load_constants(taken, check_full_update=True, user_managed=True)
         self._package: Any = loaded.loader
 
-    def begin(self) -> None:
-        """Start a run of the policy."""
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run once, on the device's stream."""
-        given = [inputs[spec.name] for spec in self.inputs]
-        values = self._device.run(lambda: self._package.boxed_run(list(given)))
-        return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
-
-    def save_cache(self) -> None:
-        """Nothing is compiled at run time."""
+    def _call(self, given: list[Tensor]) -> Sequence[Tensor]:
+        return self._package.boxed_run(given)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Let go of package and weights."""
-        self._package = self._module = None
+        self._package = None
+        super().close()
 
 
 def _loaded(package: Path) -> Any:
@@ -116,10 +105,4 @@ def fingerprint(module: TorchGraph) -> str:
     return digest.hexdigest()
 
 
-def specs_of(model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of the graph at `model`."""
-    graph = onnx.load(model, load_external_data=False).graph
-    return inputs_of(graph), tuple(spec_of(value) for value in graph.output)
-
-
-__all__ = ["FINGERPRINT", "InductorEngine", "fingerprint", "specs_of"]
+__all__ = ["FINGERPRINT", "InductorEngine", "fingerprint"]

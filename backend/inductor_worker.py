@@ -19,8 +19,14 @@ from pi05c.graph.errors import Pi05cError
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    "always_keep_tensor_constants": True,
 }
-"""Weights stay out of the package; what launches the kernels, long and run once, is not optimized."""
+"""Weights stay out of the package; what launches the kernels, long and run once, is not optimized.
+
+Constants keep their names. Otherwise Inductor turns one of no dimensions into a number, and where a kernel needs it in
+memory, as `torch._scaled_mm` does its scales, into a constant of its own that nothing could fill at load
+(`ExternKernel.realize_input`).
+"""
 
 _MESSAGE_CHARACTERS = 600
 
@@ -50,25 +56,27 @@ class Request:
 
 
 def build(request: Request) -> None:
-    """Compile the graph and write the package.
+    """Compile the graph, write the package, load it and run it once.
 
     Raises:
-        Pi05cError: an operator is outside the table, or an input has no fixed shape.
+        Pi05cError: an operator is outside the table, an input has no fixed shape, or the package does not load.
         Exception: of any kind, as Inductor raises it.
     """
     import torch
 
-    from pi05c.backend.inductor_engine import FINGERPRINT, fingerprint, specs_of
-    from pi05c.backend.torch_device import empty
+    from pi05c.backend.inductor_engine import FINGERPRINT, InductorEngine, fingerprint
+    from pi05c.backend.signature import specs_of
+    from pi05c.backend.torch_device import TorchCpu, TorchCuda
     from pi05c.backend.torch_graph import translate
 
     path = Path(request.model)
     _phase("translate")
-    module = translate(path, request.device)
-    inputs = tuple(empty(spec, request.device) for spec in specs_of(path)[0])
+    device = TorchCuda() if request.device == "cuda" else TorchCpu()
+    module = translate(path, str(device.device))
+    inputs = {spec.name: device.allocate(spec) for spec in specs_of(path)[0]}
     _phase("export")
     with torch.no_grad():
-        exported = torch.export.export(module, inputs, strict=False)
+        exported = torch.export.export(module, tuple(inputs.values()), strict=False)
         _phase("compile")
         torch._inductor.aoti_compile_and_package(
             exported,
@@ -79,6 +87,9 @@ def build(request: Request) -> None:
                 "aot_inductor.metadata": {FINGERPRINT: fingerprint(module)},
             },
         )
+    _phase("load and run")
+    InductorEngine(path, Path(request.package), device, module).run(inputs)
+    device.synchronize()
     send(event="built", version=torch.__version__, peak_memory=memory_of())
 
 

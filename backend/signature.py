@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,12 @@ def inputs_of(graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
     return tuple(spec_of(value) for value in graph.input if value.name not in defaults)
 
 
+def specs_of(model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of the graph at `model`."""
+    graph = onnx.load(model, load_external_data=False).graph
+    return inputs_of(graph), tuple(spec_of(value) for value in graph.output)
+
+
 _NAMELESS = ("", "?")
 """What stands for a size that is not known; some exporters (paddle2onnx) write the second, and mean no one size."""
 
@@ -106,4 +113,4 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-__all__ = ["Dim", "TensorSpec", "check_inputs", "inputs_of", "spec_of"]
+__all__ = ["Dim", "TensorSpec", "check_inputs", "inputs_of", "spec_of", "specs_of"]

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import torch
 from torch import Tensor, nn
 
 from pi05c.backend import torch_fusion, torch_kernels
-from pi05c.backend.torch_operators import CONSTANT_ARGUMENTS, OPERATORS, Call, Entry, to_numpy, to_torch
+from pi05c.backend.torch_operators import CONSTANT_ARGUMENTS, OPERATORS, Call, Entry, to_torch
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load
@@ -296,21 +295,4 @@ def translate(path: Path, device: str = "cpu", fuse: bool = True) -> TorchGraph:
     return TorchGraph(load(path).graph, device, fuse).eval()
 
 
-class TorchRunner:
-    """A translated graph run as it is, on numpy arrays; implements `pi05c.graph.runner.Runner`."""
-
-    def __init__(self, path: Path, device: str = "cpu", fuse: bool = True) -> None:
-        self.module = translate(path, device, fuse)
-        self._device = device
-
-    @torch.no_grad()
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; see `Runner`."""
-        tensors = [to_torch(inputs[name]).to(self._device) for name in self.module.inputs]
-        return {
-            name: to_numpy(value.cpu())
-            for name, value in zip(self.module.outputs, self.module(*tensors), strict=True)
-        }
-
-
-__all__ = ["Part", "TorchGraph", "TorchRunner", "refuse_unknown", "translate"]
+__all__ = ["Part", "TorchGraph", "refuse_unknown", "translate"]

@@ -32,14 +32,21 @@ needs_fp8_gpu = pytest.mark.skipif(
 
 
 def write_linear(path: Path) -> Path:
-    """y = tanh(x @ w), float32, with the weight in a file beside it."""
+    """y = tanh(x @ w), float32, with the weight in a file beside it, and s, a constant of no dimensions.
+
+    Inductor would make a number of s, and, since an output has to be in memory, a constant that no weight fills.
+    """
     weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     return write_model(
         path,
-        [node("MatMul", ["x", "w"], ["product"]), node("Tanh", ["product"], ["y"])],
+        [
+            node("MatMul", ["x", "w"], ["product"]),
+            node("Tanh", ["product"], ["y"]),
+            node("Identity", ["scale"], ["s"]),
+        ],
         [("x", TensorProto.FLOAT, [16, 64])],
-        [("y", TensorProto.FLOAT, [16, 32])],
-        {"w": weight},
+        [("y", TensorProto.FLOAT, [16, 32]), ("s", TensorProto.FLOAT, [])],
+        {"w": weight, "scale": np.array(0.75, np.float32)},
         external=True,
     )
 
@@ -65,11 +72,11 @@ def write_row_linear(path: Path) -> Path:
     )
 
 
-def run(model: Path, package: Path, x: object, device: TorchCpu | TorchCuda) -> np.ndarray:
+def run(model: Path, package: Path, x: object, device: TorchCpu | TorchCuda) -> dict[str, np.ndarray]:
     engine = InductorEngine(model, package, device)
     buffer = device.allocate(engine.inputs[0])
     device.copy_in(buffer, x)
-    return device.copy_out(engine.run({"x": buffer})["y"])
+    return {name: device.copy_out(value) for name, value in engine.run({"x": buffer}).items()}
 
 
 def test_a_package_gives_what_onnxruntime_gives_and_takes_its_weights_from_beside_it(tmp_path: Path) -> None:
@@ -77,12 +84,13 @@ def test_a_package_gives_what_onnxruntime_gives_and_takes_its_weights_from_besid
     package.parent.mkdir()
     phases: list[str] = []
     result = build(model, package, (), CPU, progress=lambda state: phases.append(state.phase))
-    assert phases == ["translate", "export", "compile"]
+    assert phases == ["translate", "export", "compile", "load and run"]
     assert result.version == torch.__version__
     assert [path.name for path in package.parent.iterdir()] == ["model.pt2"]
     x = np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32)
-    expected = load_runner(model).run({"x": x})["y"]
-    np.testing.assert_allclose(run(model, package, x, TorchCpu()), expected, rtol=1e-5, atol=1e-6)
+    found, expected = run(model, package, x, TorchCpu()), load_runner(model).run({"x": x})
+    np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-5, atol=1e-6)
+    assert found["s"] == expected["s"]
 
     changed = write_linear(tmp_path / "changed.onnx")
     data = changed.with_name("changed.onnx.data")
@@ -155,14 +163,13 @@ def test_what_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert "pip install 'pi05c[torch]'" in (cannot_compile((), CPU) or "")
 
 
+@pytest.mark.gpu
 @needs_fp8_gpu
 def test_a_package_with_triton_kernels_runs_in_a_cuda_graph(tmp_path: Path) -> None:
-    from pi05c.backend.torch_graph import TorchRunner
-
     model, package = write_row_linear(tmp_path / "model.onnx"), tmp_path / "model.pt2"
     build(model, package, (), InductorOptions(time_limit_s=300))
     x = np.random.default_rng(1).standard_normal((1, 10, 64)).astype(np.float16)
-    expected = TorchRunner(model).run({"x": x})["y"].astype(np.float32)
+    expected = load_runner(model).run({"x": x})["y"].astype(np.float32)
     device = TorchCuda()
     engine = InductorEngine(model, package, device)
     buffer, results = device.allocate(engine.inputs[0]), {}

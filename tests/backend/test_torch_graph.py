@@ -17,7 +17,10 @@ from pi05c.graph.errors import Pi05cError
 
 torch = pytest.importorskip("torch", reason="the torch backend needs the extra [torch]")
 
-from pi05c.backend.torch_graph import TorchRunner  # noqa: E402
+from pi05c.backend.torch_device import TorchCpu  # noqa: E402
+from pi05c.backend.torch_engine import TorchEngine  # noqa: E402
+from pi05c.backend.torch_graph import translate  # noqa: E402
+from pi05c.backend.torch_operators import to_numpy, to_torch  # noqa: E402
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 4, 6)).astype(np.float32)
@@ -28,6 +31,12 @@ INTS = np.arange(1, 9).reshape(2, 4)
 
 def ints(*values: int) -> Any:
     return np.array(values, np.int64)
+
+
+def run(engine: TorchEngine, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Numpy arrays through an engine on the CPU."""
+    results = engine.run({name: to_torch(np.asarray(value)) for name, value in feeds.items()})
+    return {name: to_numpy(value) for name, value in results.items()}
 
 
 CASES: list[tuple[str, list[Any], list[Any], dict[str, Any]]] = [
@@ -101,7 +110,7 @@ def test_an_operator_is_onnxruntimes(
     save_model(onnx.shape_inference.infer_shapes(model), tmp_path / "model.onnx")
     feeds = dict(zip(names, inputs, strict=True))
     expected = load_runner(tmp_path / "model.onnx").run(feeds)
-    found = TorchRunner(tmp_path / "model.onnx").run(feeds)
+    found = run(TorchEngine(tmp_path / "model.onnx", TorchCpu()), feeds)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         np.testing.assert_allclose(found[name], value, rtol=2e-6, atol=2e-6)
@@ -121,26 +130,26 @@ def test_a_pipeline_gives_what_the_simulation_gives(passes: str, tiny_model: Pat
         samples = [{name: file[name][0] for name in file.files if name != "synthetic"}]
     reference = [{"actions": sample.pop("actions")} for sample in samples]
     simulated = [load_runner(folder / GRAPH).run(sample) for sample in samples]
-    plain = TorchRunner(folder / GRAPH, fuse=False)
-    fused = TorchRunner(folder / GRAPH)
-    unfused_distance = compare(simulated, [plain.run(sample) for sample in samples]).worst.relative_l2
-    results = [fused.run(sample) for sample in samples]
+    plain = TorchEngine(folder / GRAPH, TorchCpu(), translate(folder / GRAPH, fuse=False))
+    fused = TorchEngine(folder / GRAPH, TorchCpu(), module := translate(folder / GRAPH))
+    unfused_distance = compare(simulated, [run(plain, sample) for sample in samples]).worst.relative_l2
+    results = [run(fused, sample) for sample in samples]
     assert unfused_distance <= LIMITS[passes]
     assert compare(simulated, results).worst.relative_l2 <= LIMITS[passes]
     error = compare(reference, simulated).worst.relative_l2
     assert compare(reference, results).worst.relative_l2 <= 2 * error + 1e-6
-    tensors = {name: torch.from_numpy(samples[0][name]) for name in fused.module.inputs}
-    prefix, steps = fused.module.halves("noise")
+    tensors = {name: torch.from_numpy(samples[0][name]) for name in module.inputs}
+    prefix, steps = module.halves("noise")
     assert "noise" not in prefix.inputs
     assert "images" not in steps.inputs
     tensors |= dict(zip(prefix.outputs, prefix(*(tensors[name] for name in prefix.inputs)), strict=True))
     (actions,) = steps(*(tensors[name] for name in steps.inputs))
     np.testing.assert_array_equal(actions.numpy(), results[0]["actions"])
     if passes != "exact":
-        assert fused.module.fused["RowAttention"] == 30
-        assert fused.module.fused["RowLinear"] >= 120
+        assert module.fused["RowAttention"] == 30
+        assert module.fused["RowLinear"] >= 120
 
 
 def test_an_operator_outside_the_table_is_named(tiny_model: Path) -> None:
     with pytest.raises(Pi05cError, match=r"does not translate Loop \(1\).*fuse_denoise_loop unrolls"):
-        TorchRunner(tiny_model)
+        TorchEngine(tiny_model, TorchCpu())
