@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 import warnings
@@ -17,20 +18,26 @@ from pi05c.backend import inductor
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.inductor import CPU, INDUCTOR
 from pi05c.backend.signature import TensorSpec
-from pi05c.backend.targets import Flavour
+from pi05c.backend.targets import Flavour, target_of, unsupported
 from pi05c.backend.tensorrt import installed_flavours
 from pi05c.chain import StageCall, load_chain
 from pi05c.contract import Contract, vocabulary_of
 from pi05c.folder import GRAPH
 from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.io import load as load_graph
 from pi05c.graph.specialization import FixedInput
 from pi05c.inspection import spec_of_record
 from pi05c.manifest import Manifest, read_manifest
 
 ONNXRUNTIME = "onnxruntime"
 
+TORCH = "torch"
+"""The graph in torch, uncompiled."""
+
 WARM_UP_RUNS = 3
 """Calls after which clocks and caches have settled; the first of them captures the CUDA graph."""
+
+_NO_TORCH = f"PyTorch is not installed (pip install '{inductor.EXTRA}')"
 
 Work = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Puts one run on a device's stream: buffers by input name -> buffers by output name."""
@@ -312,8 +319,9 @@ def load(folder: Path | str, *, backend: str | None = None, steps: int | None = 
 
     Args:
         folder: what `pi05c.compile` wrote.
-        backend: `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; None for the first of them that the folder
-            holds and this machine runs, with a warning where that is onnxruntime.
+        backend: `tensorrt`, `tensorrt-rtx` or `inductor` for what the folder holds, `torch` or `onnxruntime` for its
+            graph; None for what it holds where this machine runs that, else, with a warning, for torch on a GPU, else
+            for onnxruntime.
         steps: denoising steps, of a folder whose step is an engine of its own; None for as many as it was exported
             with.
 
@@ -329,9 +337,10 @@ def load(folder: Path | str, *, backend: str | None = None, steps: int | None = 
             "them at run time"
         )
     found, obstacle = choose(folder, manifest, backend)
+    if obstacle and backend is None:
+        where = "onnxruntime on the CPU" if found == ONNXRUNTIME else "torch on the GPU, uncompiled"
+        warnings.warn(f"{obstacle}, so {folder} runs in {where}", stacklevel=2)
     if found == ONNXRUNTIME:
-        if backend is None:
-            warnings.warn(f"{obstacle}, so {folder} runs in onnxruntime on the CPU", stacklevel=2)
         return _on_host(folder, manifest, steps)
     return _on_device(folder, manifest, found, steps)
 
@@ -343,11 +352,13 @@ def choose(folder: Path, manifest: Manifest, backend: str | None = None) -> tupl
         UsageError: the backend is unknown.
         Pi05cError: the one that was asked for does not run it here.
     """
-    known = [*(flavour.value for flavour in Flavour), INDUCTOR, ONNXRUNTIME]
+    known = [*(flavour.value for flavour in Flavour), INDUCTOR, TORCH, ONNXRUNTIME]
     if backend is not None and backend not in known:
         raise UsageError(f"unknown backend {backend!r}: choose among {', '.join(known)}")
-    if backend == ONNXRUNTIME:
-        return ONNXRUNTIME, "onnxruntime was asked for"
+    if backend in (TORCH, ONNXRUNTIME):
+        if backend == TORCH and not inductor.is_installed():
+            raise Pi05cError(f"torch does not run here: {_NO_TORCH}")
+        return backend, f"{backend} was asked for"
     obstacle = _obstacle(folder, manifest)
     made_by = manifest.engine.flavour
     if backend is not None and made_by != backend and obstacle is None:
@@ -357,7 +368,7 @@ def choose(folder: Path, manifest: Manifest, backend: str | None = None) -> tupl
         return made_by, ""
     if backend is not None:
         raise Pi05cError(f"{backend} does not run here: {obstacle}")
-    return ONNXRUNTIME, obstacle
+    return (TORCH if _torch_runs(folder, manifest) else ONNXRUNTIME), obstacle
 
 
 def _obstacle(folder: Path, manifest: Manifest) -> str | None:
@@ -367,15 +378,35 @@ def _obstacle(folder: Path, manifest: Manifest) -> str | None:
     if engine.targets != [CPU] and not compute_capabilities():
         return "this machine has no NVIDIA GPU"
     if engine.flavour == INDUCTOR:
-        return (
-            None if inductor.is_installed() else f"PyTorch is not installed (pip install '{inductor.EXTRA}')"
-        )
+        return None if inductor.is_installed() else _NO_TORCH
     flavour = next((flavour for flavour in Flavour if flavour.value == engine.flavour), None)
     if flavour is None:
         return f"{folder} was compiled without a plan"
     if flavour not in installed_flavours():
         return f"{flavour.product} is not installed (pip install '{flavour.extra}')"
     return None
+
+
+def _torch_runs(folder: Path, manifest: Manifest) -> bool:
+    """Whether torch runs the graphs of a folder on the GPU at hand."""
+    present = compute_capabilities()
+    if not present or not inductor.is_installed() or importlib.util.find_spec("triton") is None:
+        return False
+    target = target_of(present[0])
+    if target is None or unsupported(target, (record.dtype for record in manifest.precision)):
+        return False
+    import torch
+
+    from pi05c.backend.torch_graph import refuse_unknown
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        for place in manifest.places:
+            refuse_unknown(load_graph(folder / place / GRAPH).graph)
+    except Pi05cError:
+        return False
+    return True
 
 
 def _on_host(folder: Path, manifest: Manifest, steps: int | None) -> Policy:
@@ -396,17 +427,21 @@ def _on_host(folder: Path, manifest: Manifest, steps: int | None) -> Policy:
 
 
 def _on_device(folder: Path, manifest: Manifest, backend: str, steps: int | None) -> Policy:
-    device, load_part = (
-        _inductor(folder, manifest) if backend == INDUCTOR else _tensorrt(folder, manifest, Flavour(backend))
-    )
+    if backend == TORCH:
+        device, load_part = _torch(folder)
+    elif backend == INDUCTOR:
+        device, load_part = _inductor(folder, manifest)
+    else:
+        device, load_part = _tensorrt(folder, manifest, Flavour(backend))
     try:
         parts = {place: load_part(place) for place in manifest.places}
         session = device_session(folder, manifest, device, parts, steps)
     except BaseException:
         device.close()
         raise
-    where = "the CPU" if manifest.engine.targets == [CPU] else "its GPU"
-    return Policy(_contract(manifest), _outputs(manifest), backend, f"the engine on {where}", session)
+    what = "its graph in torch" if backend == TORCH else "the engine"
+    where = "its GPU" if device.on_gpu else "the CPU"
+    return Policy(_contract(manifest), _outputs(manifest), backend, f"{what} on {where}", session)
 
 
 def _tensorrt(folder: Path, manifest: Manifest, flavour: Flavour) -> tuple[Device, Callable[[str], Part]]:
@@ -427,6 +462,17 @@ def _inductor(folder: Path, manifest: Manifest) -> tuple[Device, Callable[[str],
     return device, lambda place: InductorEngine(
         folder / place / GRAPH, folder / place / manifest.engine.product, device
     )
+
+
+def _torch(folder: Path) -> tuple[Device, Callable[[str], Part]]:
+    """The GPU at hand, else the CPU, and what loads the graph of a place there."""
+    import torch
+
+    from pi05c.backend.torch_device import TorchCpu, TorchCuda
+    from pi05c.backend.torch_engine import TorchEngine
+
+    device = TorchCuda() if torch.cuda.is_available() else TorchCpu()
+    return device, lambda place: TorchEngine(folder / place / GRAPH, device)
 
 
 def device_session(
@@ -477,4 +523,13 @@ def _to_numpy(value: Any) -> Any:
     return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
 
 
-__all__ = ["ONNXRUNTIME", "DeviceSession", "HostSession", "Policy", "choose", "device_session", "load"]
+__all__ = [
+    "ONNXRUNTIME",
+    "TORCH",
+    "DeviceSession",
+    "HostSession",
+    "Policy",
+    "choose",
+    "device_session",
+    "load",
+]

@@ -43,9 +43,10 @@ class Verdict:
     Attributes:
         limit: the largest relative L2 error that passes.
         simulated: the graph in onnxruntime.
-        measured: the engine on its GPU, or its package on the CPU; None where it does not run here.
+        measured: the engine on its GPU, its package on the CPU, or its graph in torch on the GPU at hand; None where
+            none of these runs here.
         ran: what was measured, in a phrase.
-        why_not_measured: the reason.
+        why_not_measured: why it was not the engine; None where it was.
     """
 
     limit: float
@@ -194,8 +195,8 @@ def _simulation(path: Path, manifest: Manifest | None, steps: int | None = None)
 
 
 def _engine(folder: Path, manifest: Manifest, steps: int | None = None) -> tuple[Policy | None, str | None]:
-    """The folder's engine, loaded, or why it does not run here."""
+    """What runs the folder faster than onnxruntime, loaded, and why that is not its engine (None where it is)."""
     chosen, obstacle = choose(folder, manifest)
     if chosen == ONNXRUNTIME:
         return None, obstacle
-    return load_policy(folder, backend=chosen, steps=steps), None
+    return load_policy(folder, backend=chosen, steps=steps), obstacle or None

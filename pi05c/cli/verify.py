@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pi05c.cli.app import Debug, Json, MaxError, Quiet, Verbose, app
+from pi05c.cli.app import Debug, Json, MaxError, Quiet, Steps, Verbose, app
 from pi05c.cli.output import echo, make_progress, print_json, show_errors
 from pi05c.graph.errors import VerificationError
 
@@ -17,15 +17,13 @@ def run(
     path: Annotated[Path, typer.Argument(help="An engine folder or an ONNX file.")],
     inputs: Annotated[Path, typer.Option(help="Samples (.npz): one, or many along a leading axis.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file of outputs to write.")],
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps, of a folder whose step is an engine of its own.")
-    ] = None,
+    steps: Steps = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run an engine on its GPU, else its graph in onnxruntime, saying which."""
+    """Run an engine, else its graph in torch on a GPU, else in onnxruntime, saying which."""
     from pi05c.verification import run
 
     result = run(path, inputs, output, steps=steps, progress=make_progress(quiet, verbose))
@@ -67,8 +65,9 @@ def verify(
         show_errors("simulated in onnxruntime", verdict.simulated)
         if verdict.measured is not None:
             show_errors(f"measured: {verdict.ran}", verdict.measured)
-        else:
-            echo(f"not measured on a GPU: {verdict.why_not_measured}")
+        if verdict.why_not_measured is not None:
+            what = "on a GPU" if verdict.measured is None else "by its engine"
+            echo(f"not measured {what}: {verdict.why_not_measured}")
     if not verdict.passed:
         worst = (verdict.measured or verdict.simulated).worst
         raise VerificationError(

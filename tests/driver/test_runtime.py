@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +17,12 @@ from pi05c.backend.onnxruntime import OnnxRuntimeRunner, load_runner
 from pi05c.backend.signature import TensorSpec
 from pi05c.folder import GRAPH, SAMPLES
 from pi05c.graph.errors import Pi05cError, UsageError
-from pi05c.manifest import read_manifest
-from pi05c.runtime import Policy, device_session
+from pi05c.manifest import PrecisionRecord, read_manifest
+from pi05c.runtime import Policy, choose, device_session
 
 torch = pytest.importorskip("torch", reason="torch tensors need the extra [torch]")
+
+from pi05c.backend.torch_device import TorchCpu  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +187,53 @@ def test_what_was_asked_for_is_loaded_or_refused(engine: Path) -> None:
         pi05c.load(engine, backend="tensorrt")
     with pytest.raises(UsageError, match="--split vision"):
         pi05c.load(engine, steps=3)
+
+
+@pytest.mark.gpu
+def test_a_graph_runs_in_torch_where_it_is_asked_for(engine: Path, split_engine: Path) -> None:
+    observation, reference = samples(engine)
+    with pi05c.load(engine, backend="torch") as policy:
+        assert re.fullmatch("its graph in torch on (its GPU|the CPU)", policy.ran)
+        for _ in range(2):
+            np.testing.assert_allclose(policy(observation)["actions"], reference, rtol=1e-3, atol=1e-3)
+        other = {**observation, "noise": observation["noise"] + np.float32(0.1)}
+        assert not np.allclose(policy(other)["actions"], reference, rtol=1e-3, atol=1e-3)
+        tensors = {
+            name: torch.from_numpy(value).to("cuda" if policy.session.on_gpu else "cpu")
+            for name, value in other.items()
+        }
+        assert policy(tensors)["actions"].device == tensors["noise"].device
+    expected = pi05c.load(split_engine, backend="onnxruntime", steps=5)(observation)["actions"]
+    with pi05c.load(split_engine, backend="torch", steps=5) as policy:
+        np.testing.assert_allclose(policy(observation)["actions"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gpu_without_the_builder_runs_the_graph_in_torch(
+    engine: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == "triton" else name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pi05c.backend.torch_device.TorchCuda", TorchCpu)
+    monkeypatch.setattr("pi05c.runtime.compute_capabilities", lambda: ((9, 0),))
+    with pytest.warns(
+        UserWarning, match=r"has no model\.engine yet, so .* runs in torch on the GPU, uncompiled"
+    ):
+        policy = pi05c.load(engine)
+    assert policy.backend == "torch"
+    verdict = pi05c.verify(engine)
+    assert verdict.measured is not None
+    assert verdict.ran == "its graph in torch on the CPU"
+    assert "has no model.engine yet" in (verdict.why_not_measured or "")
+
+    with_loop = pi05c.compile(tiny_model, tmp_path / "engine", passes="none", backend="onnxruntime").folder
+    assert choose(with_loop, read_manifest(with_loop))[0] == "onnxruntime"
+    manifest = read_manifest(engine)
+    fp8 = PrecisionRecord(part="denoise", kind="linear", dtype="float8e4m3fn", count=1)
+    assert choose(engine, manifest.model_copy(update={"precision": [fp8]}))[0] == "torch"
+    monkeypatch.setattr("pi05c.runtime.compute_capabilities", lambda: ((8, 0),))
+    assert choose(engine, manifest)[0] == "torch"
+    assert choose(engine, manifest.model_copy(update={"precision": [fp8]}))[0] == "onnxruntime"
 
 
 def test_split_engines_chain_in_one_captured_graph(split_engine: Path) -> None:
