@@ -160,7 +160,6 @@ def _measure(
                 probed,
                 samples[index : index + 1],
                 {name: places[index] for name, places in chosen.items()},
-                executor is not None,
             )
             for index in range(len(samples))
         )
@@ -218,17 +217,16 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Task:
-    """One sample, and which rows are kept of it; `elsewhere` is in a process that the executor keeps."""
+    """One sample, and which rows are kept of it."""
 
     graph: ProbedGraph
     sample: Samples
     places: Mapping[str, Array]
-    elsewhere: bool
 
 
 def _run(task: _Task) -> Probed:
     """What the graph gives, rows in bfloat16."""
-    found = task.graph.run(task.sample[0], task.places, shrink=task.elsewhere)
+    found = task.graph.run(task.sample[0], task.places)
     rows = {name: values.astype(BFLOAT16) for name, values in found.rows.items()}
     return Probed(found.numbers, rows, found.histograms)
 

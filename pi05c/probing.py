@@ -39,9 +39,6 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
 """onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
 
-_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
-"""onnxruntime's run entry that names the arenas to give memory back to the system."""
-
 _SMALL_BYTES = 2**20
 _FATAL_ONLY = 4
 _MESSAGE_CHARACTERS = 600
@@ -142,7 +139,7 @@ class ProbedGraph:
                 _forget(graph)
 
     def run(
-        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None, *, shrink: bool = False
+        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None
     ) -> Probed:
         """What the graph gives for one sample.
 
@@ -150,7 +147,6 @@ class ProbedGraph:
 
         Args:
             places: indices of rows by tensor.
-            shrink: give memory back after the run, in a process that may have no further one to do.
 
         Raises:
             Pi05cError: onnxruntime fails.
@@ -172,11 +168,8 @@ class ProbedGraph:
             *(each.output for each in found.rows),
             *(each.output for each in found.histograms),
         ]
-        options = onnxruntime.RunOptions()
-        if shrink:
-            options.add_run_config_entry(_SHRINKAGE, "cpu:0")
         try:
-            values = session.run_with_ort_values(outputs, feeds, options)
+            values = session.run_with_ort_values(outputs, feeds)
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
         arrays = iter([value.numpy() for value in values])
@@ -194,6 +187,7 @@ class ProbedGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _FATAL_ONLY
+        options.enable_cpu_mem_arena = False  # it keeps what one run took
         options.enable_mem_pattern = False  # the second run would ask for as much memory again, in one piece
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
         if self._base is not None:
