@@ -40,7 +40,12 @@ class Measured:
 
 
 def measure(
-    command: Sequence[str], *, cap: float | None = None, limit: float | None = None, log: Path | None = None
+    command: Sequence[str],
+    *,
+    cap: float | None = None,
+    limit: float | None = None,
+    log: Path | None = None,
+    statuses: Sequence[int] = (0,),
 ) -> Measured:
     """Run a command.
 
@@ -48,6 +53,7 @@ def measure(
         cap: GB of anonymous memory at which it is killed.
         limit: seconds after which it is killed.
         log: file for what it prints.
+        statuses: exit statuses of a command that did what it was to do.
     """
     log = log or Path(os.devnull)
     before = _processor_seconds()
@@ -86,7 +92,7 @@ def measure(
         _processor_seconds() - before,
         peak["anonymous"] / 1e6,
         peak["mapped"] / 1e6,
-        killed[0] if killed else "done" if status == 0 else f"failed with status {status}",
+        killed[0] if killed else "done" if status in statuses else f"failed with status {status}",
         next((line for line in reversed(lines) if line.strip()), ""),
     )
 
