@@ -15,10 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from pi05c.graph.domains import TENSORRT_DOMAIN
+from pi05c.graph.domains import DYNAMIC, TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, LARGEST
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.nvfp4 import DYNAMIC
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of E2M1 by code, signs aside (OCP MX specification 1.0, FP4)."""
@@ -131,7 +130,13 @@ class Fp4Lowering:
             self._nodes.append(node)
 
     def _decode(self, tensor: TensorProto) -> None:
-        """The values of stored codes, whose bytes stay where they are and are read as UINT4."""
+        """The values of stored codes, whose bytes stay where they are and are read as UINT4.
+
+        ModelOpt lists them among the inputs of the graph too, which gives an input a value to fall back on.
+        """
+        listed = next((value for value in self._graph.input if value.name == tensor.name), None)
+        if listed is not None:
+            self._graph.input.remove(listed)
         name, codes = tensor.name, self._new(f"{tensor.name}.codes")
         tensor.name, tensor.data_type = codes, TensorProto.UINT4
         table = self._constant(np.asarray([*VALUES, *(-value for value in VALUES)], np.float32))

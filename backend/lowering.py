@@ -25,6 +25,7 @@ from onnx import TensorProto
 from pi05c.backend.fp4 import Fp4Lowering, shape_of, uses_fp4
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.inference import infer_shapes, is_known
 from pi05c.graph.sort import sort_proto
 from pi05c.graph.spelling import spell_as_onnx
 from pi05c.graph.walk import bodies_of, graphs_in
@@ -91,7 +92,7 @@ def lower(model: onnx.ModelProto) -> Lowered:
     Raises:
         Pi05cError: an operator computes in FP4 that cannot be spelled out, or the types of a graph contradict each other.
     """
-    repeated = _drop_repeated_names(model)
+    repeated = _drop_repeated_names(model) | _drop_inputs_with_values(model.graph)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     respelled = spell_as_onnx(model)
@@ -271,6 +272,17 @@ def _drop_repeated_names(model: onnx.ModelProto) -> bool:
     return found
 
 
+def _drop_inputs_with_values(graph: onnx.GraphProto) -> bool:
+    """Let inputs that have a value to fall back on be constants: nobody feeds them, and their tensors may be rewritten."""
+    values = {tensor.name for tensor in graph.initializer}
+    left = [value for value in graph.input if value.name not in values]
+    found = len(left) < len(graph.input)
+    if found:
+        del graph.input[:]
+        graph.input.extend(left)
+    return found
+
+
 def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], name=f"{target}__cast", to=dtype)
 
@@ -282,12 +294,17 @@ def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
     operators that are not ONNX's own.
     """
     for graph in graphs_in(model.graph):
-        foreign = {name for node in graph.node if node.domain not in STANDARD_DOMAINS for name in node.output}
+        foreign = {
+            name
+            for node in graph.node
+            if node.domain not in STANDARD_DOMAINS and not is_known(node)
+            for name in node.output
+        }
         kept = [value for value in graph.value_info if value.name in foreign]
         del graph.value_info[:]
         graph.value_info.extend(kept)
     try:
-        return onnx.shape_inference.infer_shapes(model)
+        return infer_shapes(model)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise Pi05cError(
             f"the types of the graph contradict each other: {' '.join(str(error).split())}"

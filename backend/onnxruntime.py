@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ import onnxruntime
 from pi05c.backend.lowering import KEPT, lower
 from pi05c.backend.signature import check_inputs, inputs_of, spec_of
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.io import load, save
 from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import constants_first, sort_proto
+from pi05c.graph.spelling import awaits_fp4
 from pi05c.graph.walk import bodies_of, graphs_in
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -64,12 +67,18 @@ class OnnxRuntimeRunner:
             Pi05cError: no model there, an output that it does not have, an operator that onnxruntime cannot run.
         """
         proto = read_proto(path)
+        self._path = path
+        if awaits_fp4(proto):
+            self._folder = TemporaryDirectory(prefix="pi05c-")  # for as long as the weights in it are mapped
+            path = Path(self._folder.name) / path.name
+            save(load(self._path), path)
+            proto = read_proto(path)
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         if edit is not None:
             edit(proto)
         self.inputs = inputs_of(proto.graph)
         if outputs is not None:
-            _keep_outputs(proto.graph, outputs, path)
+            _keep_outputs(proto.graph, outputs, self._path)
         self.outputs = tuple(spec_of(value) for value in proto.graph.output)
         lowered = lower(proto)
         for graph in graphs_in(lowered.model.graph):
@@ -93,8 +102,7 @@ class OnnxRuntimeRunner:
                 disabled_optimizers=_DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise Pi05cError(f"onnxruntime cannot load {path}: {_short(error)}") from error
-        self._path = path
+            raise Pi05cError(f"onnxruntime cannot load {self._path}: {_short(error)}") from error
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.

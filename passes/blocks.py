@@ -8,10 +8,17 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.compensation import Compensated
-from pi05c.graph.domains import TENSORRT_DOMAIN
+from pi05c.graph.domains import DYNAMIC, TENSORRT_DOMAIN
 from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, to_onnx
 from pi05c.graph.edit import Editor
-from pi05c.graph.nvfp4 import BLOCK, DYNAMIC, BlockCodes, BlockScales, ElementScales, global_scale
+from pi05c.graph.nvfp4 import (
+    BLOCK,
+    BlockCodes,
+    BlockScales,
+    ElementScales,
+    dequantized,
+    global_scale,
+)
 from pi05c.graph.weights import Transposed, Weight, weight_of
 from pi05c.passes.patterns.linear import Linear
 from pi05c.passes.patterns.walk import origin
@@ -57,7 +64,7 @@ class BlockQuantizer:
                     domain=TENSORRT_DOMAIN,
                 )
             )
-            values = self._dequantized(codes, scales, scale, name)
+            values = dequantized(self.editor, codes, scales, scale, name)
             self._activations[id(tensor)] = self.editor.cast(values, dtype)
         return self._activations[id(tensor)]
 
@@ -79,7 +86,8 @@ class BlockQuantizer:
             if rows:
                 across, each = Transposed(values, [1, 0]), Transposed(ElementScales(scales, scale), [1, 0])
                 codes = Transposed(Compensated(across, each, FLOAT4E2M1, rows), [1, 0])
-            stored = self._dequantized(
+            stored = dequantized(
+                self.editor,
                 self.editor.constant(f"{name}.fp4", codes),
                 self.editor.constant(f"{name}.block_scales", scales),
                 self.editor.constant(f"{name}.scale", scale),
@@ -95,21 +103,3 @@ class BlockQuantizer:
             )
             self._weights[key] = self.editor.cast(turned, dtype)
         return self._weights[key]
-
-    def _dequantized(self, codes: gs.Tensor, scales: gs.Tensor, scale: gs.Tensor, name: str) -> gs.Variable:
-        """codes * (scales * scale) in float32."""
-        wide = self.editor.add(
-            "DequantizeLinear",
-            [scales, scale],
-            f"{name}.block_scales.dequantized",
-            dtype=np.float32,
-            shape=scales.shape,
-        )
-        return self.editor.add(
-            "DequantizeLinear",
-            [codes, wide],
-            f"{name}.dequantized",
-            dtype=np.float32,
-            shape=codes.shape,
-            attrs={"axis": len(codes.shape) - 1, "block_size": BLOCK},
-        )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import DYNAMIC
 from pi05c.graph.edit import producer
-from pi05c.graph.nvfp4 import DYNAMIC
 from pi05c.graph.sort import captured_by
 from pi05c.passes.patterns.attention import Attention, attention_operators, find_attention
 from pi05c.passes.patterns.flow import FlowStep, find_flow, flow_linears

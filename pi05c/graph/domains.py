@@ -9,7 +9,13 @@ STANDARD_DOMAINS = frozenset([None, "", "ai.onnx"])
 """ONNX's own, in each of its spellings; onnx-graphsurgeon knows one more, None."""
 
 TENSORRT_DOMAIN = "trt"
-"""Of the operators that TensorRT adds, such as `TRT_FP4DynamicQuantize`."""
+"""Of the operators that TensorRT adds."""
+
+DYNAMIC = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator that quantizes activations while the engine runs: FP4 codes and FP8 scales of blocks."""
+
+FP4_PLACEHOLDER = "TRT_FP4QDQ"
+"""What ModelOpt's torch exporter puts behind a weight that it leaves to be turned into FP4; see `fp4_weights`."""
 
 
 def tell_apart(node: gs.Node) -> None:

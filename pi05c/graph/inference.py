@@ -1,5 +1,8 @@
 """Types and shapes of tensors by onnx's inference, with what it needs to be led around.
 
+onnx knows nothing of TensorRT's operators, and so of nothing behind them. While it infers, operators of its own stand for
+them that make tensors of the same types and shapes.
+
 onnx 1.23 does not look outside a body for the constant that a Reshape or Expand in it reads; and the values of shapes that
 it propagates are kept by name, so that a tensor of one branch gets the shape that one of the same name has in another.
 """
@@ -9,9 +12,104 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx
+from onnx import TensorProto, helper, numpy_helper
 
+from pi05c.graph.domains import DYNAMIC, FP4_PLACEHOLDER, TENSORRT_DOMAIN
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.walk import graphs_in
+
+_STAND_IN = "pi05c.stand_in"
+
+
+def infer_shapes(proto: onnx.ModelProto, *, data_prop: bool = False) -> onnx.ModelProto:
+    """`onnx.shape_inference.infer_shapes`, which goes on behind TensorRT's operators.
+
+    Raises:
+        InferenceError, RuntimeError, ValueError, ValidationError: as that does; `proto` is as it was then.
+    """
+    hidden: dict[str, onnx.NodeProto] = {}
+    for graph in graphs_in(proto.graph):
+        _show(graph, hidden)
+    result = proto
+    try:
+        result = onnx.shape_inference.infer_shapes(proto, data_prop=data_prop)
+    finally:
+        for graph in graphs_in(result.graph) if hidden else ():
+            _hide(graph, hidden)
+        if hidden and result is not proto:
+            for graph in graphs_in(proto.graph):
+                _hide(graph, hidden)
+    return result
+
+
+def _show(graph: onnx.GraphProto, hidden: dict[str, onnx.NodeProto]) -> None:
+    """Let operators of ONNX stand for TensorRT's, which go to `hidden`."""
+    if not any(is_known(node) for node in graph.node):
+        return
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if not is_known(node):
+            nodes.append(node)
+            continue
+        name = f"{_STAND_IN}.{len(hidden)}"
+        hidden[name] = onnx.NodeProto()
+        hidden[name].CopyFrom(node)
+        nodes += _stand_ins(node, name)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _hide(graph: onnx.GraphProto, hidden: dict[str, onnx.NodeProto]) -> None:
+    nodes = [
+        hidden.get(node.name, node)
+        for node in graph.node
+        if node.name in hidden or not node.name.startswith(_STAND_IN)
+    ]
+    if len(nodes) < len(graph.node) or any(node.name in hidden for node in graph.node):
+        values = [value for value in graph.value_info if not value.name.startswith(_STAND_IN)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        del graph.value_info[:]
+        graph.value_info.extend(values)
+
+
+def is_known(node: onnx.NodeProto) -> bool:
+    """Whether it is an operator of TensorRT whose outputs `infer_shapes` gives types and shapes."""
+    return node.op_type == FP4_PLACEHOLDER or (
+        node.op_type == DYNAMIC and node.domain == TENSORRT_DOMAIN and len(node.output) == 2
+    )
+
+
+def _stand_ins(node: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
+    """Nodes with its outputs, of which the first has that name."""
+    if node.op_type == FP4_PLACEHOLDER:
+        return [helper.make_node("Identity", node.input[:1], node.output[:1], name)]
+    attributes = {each.name: each.i for each in node.attribute}
+    axis, step = attributes.get("axis", -1), attributes.get("block_size", 16)
+    parts = [
+        helper.make_node(
+            "Constant",
+            [],
+            [f"{name}.{key}"],
+            f"{name}.{key}",
+            value=numpy_helper.from_array(np.asarray([value], np.int64)),
+        )
+        for key, value in (("start", 0), ("end", 2**62), ("axis", axis), ("step", step))
+    ]
+    codes, scales = node.output
+    return [
+        helper.make_node("Cast", node.input[:1], [codes], name, to=TensorProto.FLOAT4E2M1),
+        *parts,
+        helper.make_node(
+            "Slice",
+            [node.input[0], *(part.output[0] for part in parts)],
+            [f"{name}.first"],
+            f"{name}.Slice",
+        ),
+        helper.make_node("Cast", [f"{name}.first"], [scales], f"{name}.scales", to=TensorProto.FLOAT8E4M3FN),
+    ]
 
 
 def with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -24,7 +122,7 @@ def with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
     lent = _lend_shapes(proto.graph, {})
     try:
         with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+            proto = infer_shapes(proto, data_prop=True)
     except onnx.checker.ValidationError as error:  # of its functions
         raise Pi05cError(f"the model is not valid ONNX: {' '.join(str(error).split())}") from error
     for body, count in zip(_bodies(proto.graph), lent, strict=True):
@@ -114,4 +212,4 @@ def _bodies_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
     return ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
 
 
-__all__ = ["with_types"]
+__all__ = ["infer_shapes", "is_known", "with_types"]

@@ -31,7 +31,7 @@ from pi05c.graph.inference import with_types
 from pi05c.graph.read import about, read_proto, refuse_overlaps, weight_of_tensor
 from pi05c.graph.scopes import scopes
 from pi05c.graph.sort import sort_proto
-from pi05c.graph.spelling import spell_as_onnx
+from pi05c.graph.spelling import awaits_fp4, spell_as_onnx
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
 from pi05c.graph.wellformed import refuse_misused_operators
@@ -101,6 +101,7 @@ def model_from_proto(
     """
     carried.refuse_unknown(proto)
     spell_as_onnx(proto)
+    marked = awaits_fp4(proto)
     for graph in graphs_in(proto.graph):
         sort_proto(graph)
         _refuse_duplicates(graph)
@@ -118,13 +119,18 @@ def model_from_proto(
     for scope in scopes(graph):
         _inline_constant_nodes(scope)
     _link_returned_captures(graph, {})
-    return Model(
+    model = Model(
         graph,
         metadata={prop.key: prop.value for prop in proto.metadata_props},
         doc_string=proto.doc_string,
         domain=proto.domain,
         model_version=proto.model_version,
     )
+    if marked:
+        from pi05c.graph.fp4_weights import store_in_fp4  # which raises the opset, which makes models
+
+        store_in_fp4(model)
+    return model
 
 
 def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:

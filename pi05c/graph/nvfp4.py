@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, LARGEST
+from pi05c.graph.dtypes import FLOAT4E2M1, FLOAT8E4M3FN, FLOAT32, LARGEST
+from pi05c.graph.edit import Editor
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import Region, Weight
-
-DYNAMIC = "TRT_FP4DynamicQuantize"
-"""TensorRT's operator that quantizes activations while the engine runs: codes and block scales."""
 
 BLOCK = 16
 """Elements that share an FP8 scale."""
@@ -28,7 +27,8 @@ _LARGEST_CODE = int(np.asarray(LARGEST[FLOAT8E4M3FN], FLOAT8E4M3FN).view(np.uint
 
 
 def _codes(values: Array, scale: Array) -> Array:
-    codes: Array = np.clip(values / scale, -LARGEST[FLOAT4E2M1], LARGEST[FLOAT4E2M1]).astype(FLOAT4E2M1)
+    quotient = values / scale + np.float32(0)  # which makes -0 the zero without a sign, as ModelOpt does
+    codes: Array = np.clip(quotient, -LARGEST[FLOAT4E2M1], LARGEST[FLOAT4E2M1]).astype(FLOAT4E2M1)
     return codes
 
 
@@ -119,3 +119,24 @@ class ElementScales(Weight):
 
     def fingerprint(self) -> object:
         return ("element scales", float(self.scale), self.scales.fingerprint())
+
+
+def dequantized(
+    editor: Editor, codes: gs.Tensor, scales: gs.Tensor, scale: gs.Tensor, name: str
+) -> gs.Variable:
+    """codes * (scales * scale) in float32, spelled as ModelOpt's exporter does: two DequantizeLinear."""
+    wide = editor.add(
+        "DequantizeLinear",
+        [scales, scale],
+        f"{name}.block_scales.dequantized",
+        dtype=FLOAT32,
+        shape=scales.shape,
+    )
+    return editor.add(
+        "DequantizeLinear",
+        [codes, wide],
+        f"{name}.dequantized",
+        dtype=FLOAT32,
+        shape=codes.shape,
+        attrs={"axis": len(codes.shape) - 1, "block_size": BLOCK},
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Set
 import onnx
 from onnx import TensorProto, helper
 
-from pi05c.graph.domains import TENSORRT_DOMAIN
+from pi05c.graph.domains import FP4_PLACEHOLDER, TENSORRT_DOMAIN
 from pi05c.graph.errors import Pi05cError
 
 _FP8 = {"TRT_FP8QuantizeLinear": "QuantizeLinear", "TRT_FP8DequantizeLinear": "DequantizeLinear"}
@@ -24,25 +24,20 @@ _STANDARD = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _FP8_OPSET = 19
 """The first opset whose QuantizeLinear makes FLOAT8E4M3FN (ONNX operator changelog)."""
 
-_FP4_PLACEHOLDER = "TRT_FP4QDQ"
-"""Stands, in what ModelOpt exports, behind a weight that its exporter has yet to replace by codes and scales."""
-
 _ZERO = "fp8.zero_point"
+
+
+def awaits_fp4(model: onnx.ModelProto) -> bool:
+    """Whether a weight of a model is still to be turned into FP4."""
+    return any(node.op_type == FP4_PLACEHOLDER for graph in _graphs(model.graph) for node in graph.node)
 
 
 def spell_as_onnx(model: onnx.ModelProto) -> bool:
     """Respell the operators of a model in place, bodies included; whether any was.
 
     Raises:
-        Pi05cError: its opset has no FP8, or weights in FP4 are not written yet.
+        Pi05cError: its opset has no FP8.
     """
-    for graph in _graphs(model.graph):
-        for node in graph.node:
-            if node.op_type == _FP4_PLACEHOLDER:
-                raise Pi05cError(
-                    f"{node.op_type} {node.name!r} is a placeholder for a weight in FP4: let ModelOpt write the codes "
-                    "with modelopt.onnx.export.NVFP4QuantExporter.process_model, then compile its result"
-                )
     old = [
         node
         for graph in _graphs(model.graph)
@@ -111,4 +106,4 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(inner)
 
 
-__all__ = ["spell_as_onnx"]
+__all__ = ["awaits_fp4", "spell_as_onnx"]

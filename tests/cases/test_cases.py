@@ -17,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pi05c.backend.onnxruntime import OnnxRuntimeRunner
 from pi05c.graph.check import problems
+from pi05c.graph.domains import DYNAMIC
 from pi05c.graph.edit import producer
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, model_from_proto, save
-from pi05c.graph.nvfp4 import BLOCK, DYNAMIC, BlockCodes, BlockScales
+from pi05c.graph.nvfp4 import BLOCK, BlockCodes, BlockScales
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.weights import InMemory, array_of
 from pi05c.passes import PRESETS

@@ -94,6 +94,12 @@ def test_a_weight_with_an_outlier_saturates_nothing() -> None:
     assert np.isfinite(result).all()
 
 
+def test_a_zero_has_no_sign_and_what_is_rounded_to_it_keeps_its_own() -> None:
+    weight = np.array([[0.0, -0.0, -1e-6, 1e-6, -1.0, 1.0] + [0.0] * 10], np.float32)
+    codes, *_ = quantized(weight)
+    assert codes.load().view(np.uint8)[0, :6].tolist() == [0, 0, 8, 0, 15, 7]
+
+
 def test_fingerprints_tell_scales_apart() -> None:
     base = InMemory(np.ones((1, 16), np.float32))
     scale = global_scale(1.0)

@@ -115,15 +115,3 @@ def test_an_opset_without_fp8_is_refused(tmp_path: Path) -> None:
         Pi05cError, match="which opset 18 of the model does not have: export it at opset 19 or"
     ):
         load(path)
-
-
-def test_a_placeholder_for_fp4_is_refused_by_name(tmp_path: Path) -> None:
-    path = exported(tmp_path / "old.onnx", old=True, stored=True)
-    proto = onnx.load(path)
-    proto.graph.node[3].input[1] = "w4"
-    proto.graph.node.append(helper.make_node("TRT_FP4QDQ", ["wd"], ["w4"], "w4", domain="trt", block_size=16))
-    onnx.save(proto, path)
-    with pytest.raises(
-        Pi05cError, match=r"^TRT_FP4QDQ 'w4' is a placeholder for a weight in FP4: let ModelOpt"
-    ):
-        load(path)
