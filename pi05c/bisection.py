@@ -38,6 +38,7 @@ from pi05c.plugins import parse_passes
 from pi05c.progress import Progress, Update
 from pi05c.samples import Samples, find_samples, fixed_specs, input_specs, load_samples
 from pi05c.stages import SAMPLES, STAGE_KEY, StageFolder, load_stage, recorded_ranges, stage_files
+from pi05c.thresholds import MAX, Method, parse_method
 
 
 def bisect(
@@ -48,6 +49,7 @@ def bisect(
     check: CheckCommand | None = None,
     max_error: float | None = None,
     calibration: Sequence[str | Path] = (),
+    calibration_method: str = "max",
     target: str | None = None,
     output: Path | str | None = None,
     cache: Path | None = None,
@@ -62,6 +64,7 @@ def bisect(
         check: the criterion; None for the error against the plain graph.
         max_error: the relative L2 error that is good; None: what `pi05c compile` allows.
         calibration: as `pi05c.samples.find_samples` takes it.
+        calibration_method: as `pi05c.thresholds.parse_method` takes it.
         target: GPUs whose number formats the graphs may use.
         output: the folder to write; None: `bisect-PASS` in the current one.
         cache: folder of measured ranges; None for the user's.
@@ -72,6 +75,7 @@ def bisect(
         UsageError: options exclude each other.
     """
     path, options, progress = Path(model), options or RunOptions(), progress or Progress()
+    method = parse_method(calibration_method)
     place = Path("bisect") if output is None else Path(output)
     if output is not None and place.exists():
         raise Pi05cError(f"{place} exists: remove it, or name another folder with -o")
@@ -79,11 +83,13 @@ def bisect(
         raise UsageError("--check and --max-error are two criteria: give one of them")
     if path.is_dir() and (passes is not None or options.start_from is not None):
         raise UsageError(f"{path} holds stages, which name their passes: leave out --passes and --start-from")
+    if path.is_dir() and method != MAX:
+        raise UsageError(f"{path} holds stages with the ranges of their run: leave out --calibration-method")
     with scratch(_beside(check, place)) as work:
         if path.is_dir():
             stages = _dumped(path, options, calibration, check is None)
         else:
-            stages = _run(path, passes, options, calibration, cache, work.folder, progress)
+            stages = _run(path, passes, options, calibration, method, cache, work.folder, progress)
         criterion: Criterion = check or _by_error(stages, max_error, target)
         with progress.stage("bisect") as update:
             search = _Search(stages, criterion, work.folder, update)
@@ -91,7 +97,9 @@ def bisect(
         if result.guilty is None or result.start is None:
             return result
         _prune(work.folder, keep=[result.start.name])
-        replay = Replay(path, result.start.name, tuple(options.plugins), tuple(map(str, calibration)))
+        replay = Replay(
+            path, result.start.name, tuple(options.plugins), tuple(map(str, calibration)), calibration_method
+        )
         write_readme(work.folder, result.guilty, stages.pipeline, replay)
         return _published(result, work.folder, place if output is not None else None)
 
@@ -177,6 +185,7 @@ def _run(
     passes: str | None,
     options: RunOptions,
     calibration: Sequence[str | Path],
+    method: Method,
     cache: Path | None,
     folder: Path,
     progress: Progress,
@@ -185,7 +194,9 @@ def _run(
     chosen = plan(passes, options)
     plain = load_valid(path)
     found = samples_for(plain, chosen.steps, calibration, progress)
-    calibrate = Calibrator(chosen, None if found is None else found.measured, progress, cache=cache)
+    calibrate = Calibrator(
+        chosen, None if found is None else found.measured, progress, cache=cache, method=method
+    )
     stages = StageFolder(folder, chosen.text)
     with progress.stage("passes") as update:
         files, failure = _dump(chosen, chosen.load(path), calibrate, stages, update)

@@ -21,6 +21,7 @@ from pi05c.passrun import Calibrator, Plan, RunOptions, plan, samples_for
 from pi05c.plugins import parse_passes
 from pi05c.progress import Progress
 from pi05c.stages import load_stage, recorded_ranges
+from pi05c.thresholds import Method, parse_method
 
 ASSUMED = "assumed, so that every activation fits: no sample was run"
 """Where ranges come from that nobody measured."""
@@ -79,6 +80,7 @@ def explain(
     plugins: Sequence[str] = (),
     start_from: Path | None = None,
     calibration: Sequence[str | Path] = (),
+    calibration_method: str = "max",
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
@@ -93,20 +95,21 @@ def explain(
         start_from: a dumped stage to explain the pass on, with the ranges that lie beside it.
         calibration: samples to measure ranges on, where the pass or one before it needs some. Without them, ranges
             are assumed.
+        calibration_method: as `pi05c.thresholds.parse_method` takes it.
         cache: folder of measured ranges; None for the user's.
 
     Raises:
-        UsageError: `name` is not one pass.
+        UsageError: `name` is not one pass, or the method is not known.
         Pi05cError: a file cannot be read, or a pass fails.
     """
     progress = progress or Progress()
-    path = Path(model)
+    path, method = Path(model), parse_method(calibration_method)
     before, step, chosen = _steps(name, passes, plugins, start_from)
     ahead = (*before, step)
     with collection_paused(), progress.stage("explain") as update:
         current = chosen.load(path)
         ranges = _RangeSource(path, replace(chosen, steps=(*chosen.steps[: chosen.done], *ahead)), progress)
-        ranges.choose(calibration, cache)
+        ranges.choose(calibration, method, cache)
         seen: list[Snapshot] = []
 
         def before_step(upcoming: Step) -> None:
@@ -152,7 +155,7 @@ class _RangeSource:
         self._calibrate: Calibrate = lambda _model, _wanted: AssumedRanges()
         self.source = ASSUMED
 
-    def choose(self, calibration: Sequence[str | Path], cache: Path | None) -> None:
+    def choose(self, calibration: Sequence[str | Path], method: Method, cache: Path | None) -> None:
         run = self._run
         if run.start is not None and (recorded := _ranges_beside(run.start)) is not None:
             self.source = f"recorded beside {run.start.name}: {recorded.source}"
@@ -160,8 +163,12 @@ class _RangeSource:
         elif calibration:
             samples = samples_for(load_valid(self._model), run.steps, calibration, self._progress)
             if samples is not None:
-                self.source = f"measured on {len(samples.measured)} samples of {samples.measured.source}"
-                self._calibrate = Calibrator(run, samples.measured, self._progress, cache=cache)
+                self.source = (
+                    f"measured on {len(samples.measured)} samples of {samples.measured.source}, by {method}"
+                )
+                self._calibrate = Calibrator(
+                    run, samples.measured, self._progress, cache=cache, method=method
+                )
 
     def __call__(self, model: Model, wanted: Wanted) -> Ranges | None:
         return self._calibrate(model, wanted)

@@ -177,13 +177,14 @@ class Replay:
     Attributes:
         model: the graph or the folder of stages.
         start: the stage in the reproducer that the guilty pass runs on.
-        plugins, calibration: as they were given.
+        plugins, calibration, calibration_method: as they were given.
     """
 
     model: Path
     start: str
     plugins: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    calibration_method: str = "max"
 
     def command(self, guilty: Guilty) -> str:
         """The command line that makes the bad graph again, run in the reproducer."""
@@ -197,6 +198,8 @@ class Replay:
             words += ["--calibration", str(Path(samples).resolve()) if Path(samples).exists() else samples]
         if self.model.is_dir() and not self.calibration:
             words += ["--calibration", SAMPLES]
+        if self.calibration_method != "max":
+            words += ["--calibration-method", self.calibration_method]
         return shlex.join([*words, "--dump", "again"])
 
 

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from pi05c.cli.app import Calibration, Debug, Json, Passes, Plugin, Quiet, Target, Verbose, app
+from pi05c.cli.app import (
+    Calibration,
+    CalibrationMethod,
+    Debug,
+    Json,
+    Passes,
+    Plugin,
+    Quiet,
+    Target,
+    Verbose,
+    app,
+)
 from pi05c.cli.output import console, make_progress, print_json
 from pi05c.graph.errors import UsageError
 
@@ -22,6 +33,7 @@ def bisect(
     passes: Passes = None,
     plugin: Plugin = None,
     calibration: Calibration = None,
+    calibration_method: CalibrationMethod = "max",
     target: Target = None,
     start_from: Annotated[
         Path | None, typer.Option(help="A file that --dump wrote: the passes behind it are searched.")
@@ -93,6 +105,7 @@ def bisect(
         check=command,
         max_error=max_error,
         calibration=calibration or (),
+        calibration_method=calibration_method,
         target=target,
         output=output,
         progress=make_progress(quiet, verbose),

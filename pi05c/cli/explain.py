@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pi05c.cli.app import Calibration, Debug, Json, Plugin, Quiet, Verbose, app
+from pi05c.cli.app import Calibration, CalibrationMethod, Debug, Json, Plugin, Quiet, Verbose, app
 from pi05c.cli.output import echo, make_progress, print_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def explain(
         Path | None, typer.Option(help="A file that --dump wrote, to explain the pass on.")
     ] = None,
     calibration: Calibration = None,
+    calibration_method: CalibrationMethod = "max",
     plugin: Plugin = None,
     diff: Annotated[bool, typer.Option("--diff", help="Show each rewrite as canonical text too.")] = False,
     json_: Json = False,
@@ -49,6 +50,7 @@ def explain(
         plugins=tuple(plugin or ()),
         start_from=start_from,
         calibration=calibration or (),
+        calibration_method=calibration_method,
         progress=make_progress(quiet, verbose),
     )
     if json_:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from command_line import Command
 from small_policy import policy, wrecking_pass
 
 from pi05c.cutout import run_cutout
+from pi05c.stages import recorded_ranges
 
 __all__ = ["policy", "wrecking_pass"]
 
@@ -42,6 +44,21 @@ def test_dumped_stages(pi05c: Command, policy: Path, wrecking_pass: str, tmp_pat
     result = pi05c("bisect", tmp_path / "stages", "-o", tmp_path / "found", "--json")
     assert result.status == 1, result.err
     assert json.loads(result.out)["guilty"]["stage"] == "02-wreck"
+
+
+def test_ranges_are_measured_by_the_method_that_is_named(
+    pi05c: Command, policy: Path, wrecking_pass: str, tmp_path: Path
+) -> None:
+    folder, method = tmp_path / "found", ("--calibration-method", "percentile{percent=50}")
+    passes = "canonicalize,quantize_linears,wreck"
+    result = pi05c("bisect", policy, "--passes", passes, *method, "-o", folder, "--json")
+    assert result.status == 1, result.err
+    ranges = recorded_ranges(folder)
+    assert ranges is not None
+    assert ranges.thresholds["x"] < max(-ranges.low["x"], ranges.high["x"])
+    assert shlex.join(method) in (folder / "README.md").read_text()
+    assert pi05c(policy, "--passes", passes, "--dump", tmp_path / "stages").status == 0
+    assert pi05c("bisect", tmp_path / "stages", *method).status == 2
 
 
 @pytest.mark.parametrize("limit", [("--max-error", "-1"), ("--fail-code", "3")])

@@ -105,6 +105,21 @@ def test_ranges_beside_a_stage_are_used_where_they_hold(pi05c: Command, policy: 
     assert explained(pi05c, policy, "--pass", "dedupe")["ranges"] is None
 
 
+def test_ranges_are_measured_by_the_method_that_is_named(
+    pi05c: Command, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PI05C_CACHE", str(tmp_path))
+    samples = policy.with_name("model.calibration.npz")
+    run = ("--pass", "quantize_linears", "--calibration", samples)
+    kept = []
+    for method in ("max", "percentile{percent=50}", "max"):
+        found = explained(pi05c, policy, *run, "--calibration-method", method)
+        assert found["ranges"].endswith(f", by {method}")
+        kept.append(len(list(tmp_path.rglob("ranges/*.json"))))
+    assert kept[0] < kept[1] == kept[2]
+    assert pi05c("explain", policy, *run, "--calibration-method", "nothing").status == 2
+
+
 def test_a_pass_of_a_plugin_with_an_option(pi05c: Command, policy: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
