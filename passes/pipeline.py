@@ -186,7 +186,8 @@ def run(
         if step.spec.ranges is not None and not asked:
             asked = True
             needed = wanted(model, steps[index:])
-            ranges = calibrate(model, needed) if calibrate is not None and needed.tensors else None
+            asked_for = needed.tensors or needed.rows
+            ranges = calibrate(model, needed) if calibrate is not None and asked_for else None
         with _without_collection():
             results.append(_run_step(model, step, ranges, dry, known))
         if after_step is not None:

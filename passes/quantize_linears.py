@@ -42,8 +42,19 @@ def _quantizable(graph: gs.Graph, keep: tuple[str, ...]) -> list[Linear]:
     return [linear for linear in find_linears(graph) if not _obstacle(linear, kept, named(linear, keep))]
 
 
-def _activations(graph: gs.Graph, *, keep: tuple[str, ...] = (), **options: object) -> Iterator[gs.Tensor]:
-    yield from (linear.activation for linear in _quantizable(graph, keep))
+def _activations(
+    graph: gs.Graph,
+    *,
+    llm: Format = "fp8",
+    nvfp4: tuple[str, ...] = (),
+    fp8: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+    **options: object,
+) -> Iterator[gs.Tensor]:
+    formats = _formats_of(graph, llm, nvfp4, fp8, Named(graph, nvfp4, fp8))
+    for linear in _quantizable(graph, keep):
+        if formats[id(linear.node)] != "nvfp4_w4a16":
+            yield linear.activation
 
 
 def _rows(
@@ -180,19 +191,29 @@ def _to_nvfp4(
     doubled: TwoTerms | None,
 ) -> str:
     """Quantize the weight, and with `nvfp4` the activation, in blocks, or say why not."""
-    assert ctx.ranges is not None
-    amax, dtype = ctx.ranges.amax(linear.activation), working_precision(linear.node)
-    if amax is None or dtype is None:
-        return f"the range of {linear.activation.name!r} was not measured"
-    if not (np.isfinite(amax) and amax > 0 and 0 < weight_of(linear.weight).amax() < np.inf):
-        return "its activation or its weight is zero or not finite"
-    shape = static_shape(linear.activation)
-    if chosen == "nvfp4" and (shape is None or len(shape) not in DYNAMIC_RANKS):
-        return f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
-    if chosen == "nvfp4" and doubled:
-        doubled.multiply(linear, lambda tensor: quantizer.activation(tensor, amax, dtype), quantizer.editor)
-    elif chosen == "nvfp4":
-        linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
+    dtype = working_precision(linear.node)
+    if dtype is None:
+        return f"the type of {linear.activation.name!r} is not known"
+    if not 0 < weight_of(linear.weight).amax() < np.inf:
+        return "its weight is zero or not finite"
+    if chosen == "nvfp4":
+        assert ctx.ranges is not None
+        amax = ctx.ranges.amax(linear.activation)
+        if amax is None:
+            return f"the range of {linear.activation.name!r} was not measured"
+        if not 0 < amax < np.inf:
+            return "its activation is zero or not finite"
+        shape = static_shape(linear.activation)
+        if shape is None or len(shape) not in DYNAMIC_RANKS:
+            return (
+                f"{linear.activation.name!r} has not two or three static axes, as dynamic quantization needs"
+            )
+        if doubled:
+            doubled.multiply(
+                linear, lambda tensor: quantizer.activation(tensor, amax, dtype), quantizer.editor
+            )
+        else:
+            linear.node.inputs[0] = quantizer.activation(linear.activation, amax, dtype)
     linear.node.inputs[1] = quantizer.weight(linear, dtype, rows)
     linear.node.attrs.pop("transB", None)
     return ""

@@ -173,3 +173,22 @@ def test_a_pattern_may_name_a_place() -> None:
     ranges = Ranges({"rows": -3, "first": -9}, {"rows": 3, "first": 9}, "tests")
     result = run_pass(model, "quantize_linears", ranges, keep="vision.linear")
     assert [skip.reason for skip in result.skips] == ["an option keeps it"] * 2
+
+
+def test_weights_in_fp4_beside_float16_activations_need_no_samples() -> None:
+    model = editable(graph_text(BATCHED, {"w": normal(1, 32, 32)}))
+    (result,) = run(model, parse("quantize_linears{llm=nvfp4_w4a16,nvfp4=*}", PRESETS))
+    assert result.changes == ("y.MatMul",)
+
+
+def test_rows_are_sampled_where_no_range_is_asked_for() -> None:
+    asked: list[Wanted] = []
+
+    def calibrate(_: Model, wanted: Wanted) -> Ranges:
+        asked.append(wanted)
+        return known(x=drawn(3, 8))
+
+    steps = parse("quantize_linears{llm=nvfp4_w4a16,nvfp4=*,rounding=compensated}", PRESETS)
+    (result,) = run(editable(graph_text(BATCHED, {"w": normal(1, 32, 32)})), steps, calibrate=calibrate)
+    assert (asked[0].tensors, asked[0].rows) == ((), {"x": ROWS})
+    assert result.notes == ()
