@@ -184,6 +184,41 @@ def test_the_choice_does_not_depend_on_where_it_is_measured(policy: Path) -> Non
     assert spread.chosen.choice == {"LLM linear": "fp8"}
 
 
+def test_a_dask_cluster_measures_the_same(dask_cluster: Any, policy: Path, pi05c: Command) -> None:
+    recipes = []
+    for where in ((), ("--dask", dask_cluster.scheduler_address)):
+        folder = policy.parent / f"cache{len(recipes)}"
+        folder.mkdir()
+        output = folder / "r.toml"
+        result = pi05c("tune", policy, "-o", output, "--max-error", "0.03", *where, "--json")
+        assert result.status == 0, result.err
+        told = json.loads(result.out)
+        assert told["measured"] > 2
+        assert told["reused"] == 0
+        recipes.append((output.read_text(), told["points"]))
+    assert recipes[0] == recipes[1]
+
+
+def test_two_terms_are_a_format_that_the_recipe_names(policy: Path, pi05c: Command) -> None:
+    recipe = policy.with_name("r.toml")
+    result = pi05c("tune", policy, "-o", recipe, "--max-error", "0.03", "--minimize", "read", "--json")
+    assert result.status == 0, result.err
+    told = json.loads(result.out)
+    alone = {name: effect["error"] for name, effect in told["groups"][0]["alone"].items()}
+    assert alone["fp8_two_terms"] < 0.03 < alone["fp8"]
+    assert told["groups"][0]["format"] == "fp8_two_terms"
+    text = "quantize_linears{two_terms=w}"
+    assert text in read_pipeline_file(recipe).text
+    graphs = []
+    for name, passes in (("by_recipe", f"@{recipe}"), ("by_text", f"default,{text}")):
+        engine = policy.with_name(name)
+        assert pi05c(policy, "--passes", passes, "--backend", "onnxruntime", "-o", engine).status == 0
+        graphs.append([path.read_bytes() for path in sorted(engine.glob("model.onnx*"))])
+    assert graphs[0] == graphs[1]
+    split = [node.op for node in load(policy.with_name("by_recipe") / "model.onnx").graph.nodes]
+    assert split.count("Split") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "named"),
     [
