@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -313,3 +314,48 @@ def test_readme_sample_of_a_refusal_is_what_is_printed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pi05c", str(model), "--passes", "default", "--target", "orin"]
     done = subprocess.run([*command, "-o", str(tmp_path / "engine")], capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (1, message)
+
+
+# docs/results.md
+
+
+def test_results_are_those_of_the_raw_files() -> None:
+    results = ROOT / "benchmarks" / "results"
+    raw = json.loads((results / "h100_pi05_libero.json").read_text())
+    page = (DOCS / "results.md").read_text()
+    assert raw["card"] in page
+    for title, key in (("BF16, `torch.compile`", "baseline"), ("`fp16`", "fp16"), ("`default`", "default")):
+        run = raw[key]
+        times = [run["whole"]["median_ms"], run["whole"]["p95_ms"], run["prefix"]["median_ms"]]
+        times += [run["steps"]["median_ms"], run["steps"]["p95_ms"]]
+        kernels = [str(run["profile"][part]["kernels"]) for part in ("prefix", "steps")]
+        assert f"| {' | '.join([title, *(f'{ms:.2f}' for ms in times), *kernels])} |" in page
+    ratio = {
+        key: raw[key]["whole"]["median_ms"] / raw["baseline"]["whole"]["median_ms"]
+        for key in ("fp16", "default")
+    }
+    steps = raw["default"]["steps"]["median_ms"] / raw["baseline"]["steps"]["median_ms"]
+    for figure, value in (
+        ("`fp16`, whole", ratio["fp16"]),
+        ("`default`, whole", ratio["default"]),
+        ("`default`, ten steps", steps),
+    ):
+        assert re.search(
+            rf"^\| {re.escape(figure)} \| [^|]+ \| {value:.2f} \| reached \|$", page, re.MULTILINE
+        )
+    readme = " ".join(README.read_text().split())
+    assert f"the graph of `fp16` takes {ratio['fp16']:.2f} of the time of the plain model" in readme
+    assert f"that of `default` {ratio['default']:.2f}" in readme
+
+    tables = json.loads((results / "h100_pi05_libero_tables.json").read_text())
+    whole = tables["pass 14 disable_conv2d_quant"]
+    cells = [f"{whole[f'steps {count}']['median_ms']:.2f}" for count in (1, 2, 4, 6, 8, 10)]
+    assert f"| ms | {' | '.join(cells)} |" in page
+    for views, masks in ((3, "1,1,1"), (2, "1,1,0"), (1, "1,0,0")):
+        times = [tables[f"views {views}"][key]["median_ms"] for key in ("whole", "prefix")]
+        assert f"| `specialize{{views={masks}}}` | {times[0]:.2f} | {times[1]:.2f} |" in page
+    passes = json.loads((results / "h100_pi05_libero_passes.json").read_text())
+    for name, run in passes.items():
+        row = rf"^\| .*`{name.split()[-1]}`(, `fuse_denoise_loop`)? \| {run['whole']['median_ms']:.2f} \| "
+        row += rf"{run['prefix']['median_ms']:.2f} \| {run['kernels']} \|$"
+        assert re.search(row, page, re.MULTILINE), name
