@@ -1,22 +1,25 @@
-"""The runtime of both flavours against TensorRT-RTX's own classes, and the driver API against a library that records."""
+"""The runtime of both flavours against TensorRT-RTX's own classes, on a driver that needs no GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
-import ml_dtypes
 import numpy as np
 import pytest
+from fake_driver import Driver
 
-from pi05c.backend.cuda import Buffer, CudaDevice
-from pi05c.backend.gpu import compute_capabilities
-from pi05c.backend.signature import TensorSpec
+from pi05c.backend.cuda import CudaDevice
 from pi05c.backend.targets import Flavour
 from pi05c.backend.tensorrt_engine import RUNTIME_CACHE, TensorRTEngine
+from pi05c.contract import Contract
 from pi05c.graph.errors import Pi05cError
+from pi05c.runtime import DeviceSession, Policy
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -27,50 +30,6 @@ TENSORS = {
     "keys": (trt.TensorIOMode.OUTPUT, trt.DataType.BF16, (4,)),
     "actions": (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, (2, 3)),
 }
-
-
-class Driver:
-    """A CUDA driver whose device memory is host memory."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.memory: dict[int, Any] = {}
-        self.recording = False
-        self.refused: str | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> int:
-            self.calls.append(name)
-            if name == self.refused:
-                return 2
-            getattr(type(self), f"_{name}", lambda *_: None)(self, *arguments)
-            return 0
-
-        return call
-
-    def _cuMemAlloc_v2(self, pointer: Any, size: Any) -> None:  # noqa: N802
-        block = ctypes.create_string_buffer(size.value)
-        pointer._obj.value = ctypes.addressof(block)
-        self.memory[pointer._obj.value] = block
-
-    def _cuEventElapsedTime(self, milliseconds: Any, start: Any, end: Any) -> None:  # noqa: N802
-        milliseconds._obj.value = 2.5
-
-    def _cuMemFree_v2(self, pointer: Any) -> None:  # noqa: N802
-        del self.memory[pointer.value]
-
-    def _cuStreamCreate(self, stream: Any, flags: int) -> None:  # noqa: N802
-        assert flags == 1
-        stream._obj.value = 77
-
-    def _copy(self, to: Any, source: Any, size: Any, stream: Any) -> None:
-        assert stream.value == 77
-        ctypes.memmove(to.value, source.value, size.value)
-
-    _cuMemcpyHtoDAsync_v2 = _cuMemcpyDtoHAsync_v2 = _cuMemcpyDtoDAsync_v2 = _copy  # noqa: N815
-
-    def _cuGetErrorString(self, code: int, text: Any) -> None:  # noqa: N802
-        text._obj.value = b"out of memory"
 
 
 def make_engine(**attributes: Any) -> Any:
@@ -106,19 +65,33 @@ def plan(tmp_path: Path) -> Path:
     return path
 
 
-def load(plan: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch, engine: Any) -> TensorRTEngine:
-    """Load a plan of which the real runtime would make `engine`."""
-    runtime = create_autospec(RUNTIME, instance=True)
-    runtime.deserialize_cuda_engine.return_value = engine
-    monkeypatch.setattr(trt, "Runtime", lambda log: runtime)
-    return TensorRTEngine(plan, Flavour.TENSORRT_RTX, device)
+@pytest.fixture(params=Flavour)
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each flavour, TensorRT-RTX's module in the place of its own."""
+    found: Flavour = request.param
+    monkeypatch.setitem(sys.modules, found.module, trt)
+    return found
 
 
-def test_an_engine_runs_on_the_stream_of_its_device(
-    plan: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Load = Callable[[Any], TensorRTEngine]
+
+
+@pytest.fixture
+def load(plan: Path, device: CudaDevice, flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads a plan of which the real runtime would make the engine that is given."""
+
+    def load(engine: Any) -> TensorRTEngine:
+        runtime = create_autospec(RUNTIME, instance=True)
+        runtime.deserialize_cuda_engine.return_value = engine
+        monkeypatch.setattr(trt, "Runtime", lambda log: runtime)
+        return TensorRTEngine(plan, flavour, device)
+
+    return load
+
+
+def test_an_engine_runs_on_the_stream_of_its_device(device: CudaDevice, load: Load) -> None:
     engine = make_engine()
-    loaded = load(plan, device, monkeypatch, engine)
+    loaded = load(engine)
     assert [str(spec) for spec in (*loaded.inputs, *loaded.outputs)] == [
         "x: float32[2,3]",
         "keys: bfloat16[4]",
@@ -136,86 +109,98 @@ def test_an_engine_runs_on_the_stream_of_its_device(
     assert loaded.run({"x": x})["actions"].pointer == results["actions"].pointer
 
 
-def test_the_runtime_cache_of_rtx_is_kept_beside_the_plan(
-    plan: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_runtime_cache_of_rtx_is_kept_beside_the_plan(plan: Path, load: Load) -> None:
     kept = plan.with_name(plan.name + RUNTIME_CACHE)
-    load(plan, device, monkeypatch, make_engine()).save_cache()
+    load(make_engine()).save_cache()
     assert kept.read_bytes() == b"kernels"
     engine = make_engine()
-    load(plan, device, monkeypatch, engine)
+    load(engine)
     config = engine.create_runtime_config.return_value
     config.create_runtime_cache.return_value.deserialize.assert_called_once_with(b"kernels")
     config.set_runtime_cache.assert_called_once_with(config.create_runtime_cache.return_value)
 
 
-def test_an_engine_without_a_runtime_cache_is_tensorrts(
-    plan: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_without_a_runtime_cache_is_tensorrts(plan: Path, load: Load) -> None:
     engine = make_engine()
     engine.create_runtime_config.return_value = object()
-    loaded = load(plan, device, monkeypatch, engine)
+    loaded = load(engine)
     loaded.save_cache()
     assert not plan.with_name(plan.name + RUNTIME_CACHE).exists()
 
 
-def test_a_plan_that_does_not_load_says_what_to_do(
-    plan: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_that_does_not_load_says_what_to_do(device: CudaDevice, load: Load) -> None:
     with pytest.raises(Pi05cError, match=r"does not load on .*build it here with `pi05c build`"):
-        load(plan, device, monkeypatch, None)
+        load(None)
     engine = make_engine()
     engine.create_execution_context.return_value.execute_async_v3.return_value = False
-    loaded = load(plan, device, monkeypatch, engine)
+    loaded = load(engine)
     with pytest.raises(Pi05cError, match="TensorRT did not run"):
         loaded.run({"x": device.allocate(loaded.inputs[0])})
 
 
-def test_buffers_come_back_as_they_went_in(device: CudaDevice, driver: Driver) -> None:
-    value = np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3)
-    buffer = device.allocate(TensorSpec("x", value.dtype, (2, 3)))
-    device.copy_in(buffer, value.T.copy().T)  # not contiguous
-    np.testing.assert_array_equal(device.copy_out(buffer), value)
-    assert isinstance(buffer, Buffer)
-    with pytest.raises(Pi05cError, match="not fixed"):
-        device.allocate(TensorSpec("x", value.dtype, (None, 3)))
-    device.close()
+def test_the_first_call_captures_a_graph_and_later_calls_launch_it(
+    device: CudaDevice, driver: Driver, load: Load
+) -> None:
+    engine = make_engine()
+    loaded = load(engine)
+    context = engine.create_execution_context.return_value
+    addresses: dict[str, int] = {}
+    context.set_tensor_address.side_effect = addresses.__setitem__
+
+    def execute(stream: int = 0) -> bool:
+        ctypes.memmove(addresses["actions"], addresses["x"], 24)
+        return True
+
+    context.execute_async_v3.side_effect = driver.graph = execute
+    session = DeviceSession(device, [loaded], loaded.run, loaded.inputs)
+    policy = Policy(Contract(loaded.inputs), loaded.outputs, "tensorrt", "the engine", session)
+    values = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    with policy:
+        driver.calls.clear()
+        np.testing.assert_array_equal(policy(x=values[0])["actions"], values[0])
+        assert context.execute_async_v3.call_count == 2
+        captured = [name for name in driver.calls if "Capture" in name or "Graph" in name]
+        assert captured == [
+            *("cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"),
+            *("cuGraphDestroy", "cuGraphLaunch"),
+        ]
+        driver.calls.clear()
+        results: dict[int, Any] = {}
+        threads = [
+            threading.Thread(target=lambda index=index: results.update({index: policy(x=values[index])}))
+            for index in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index, result in results.items():
+            np.testing.assert_array_equal(result["actions"], values[index])
+        assert len(results) == driver.calls.count("cuGraphLaunch") == 4
+        assert context.execute_async_v3.call_count == 2
+        assert "cuMemAlloc_v2" not in driver.calls
     assert not driver.memory
 
 
-def test_a_captured_graph_is_launched_on_the_stream(device: CudaDevice, driver: Driver) -> None:
-    launch = device.capture(dict)
+def test_what_one_engine_gives_another_takes_from_where_it_lies(
+    device: CudaDevice, driver: Driver, load: Load
+) -> None:
+    first, second = make_engine(), make_engine()
+    parts = [load(first), load(second)]
+
+    def work(inputs: Any) -> Any:
+        return parts[1].run({"x": parts[0].run(inputs)["actions"]})
+
+    session = DeviceSession(device, parts, work, parts[0].inputs)
     driver.calls.clear()
-    launch()
-    assert driver.calls == ["cuGraphLaunch"]
-    driver.refused = "cuGraphLaunch"
-    with pytest.raises(Pi05cError, match="refused cuGraphLaunch: out of memory"):
-        launch()
-
-
-def test_work_is_timed_by_events_around_it(device: CudaDevice, driver: Driver) -> None:
-    driver.calls.clear()
-    assert device.seconds(lambda: driver.calls.append("work")) == 0.0025
-    recorded = [name for name in driver.calls if name in ("cuEventRecord", "work", "cuEventSynchronize")]
-    assert recorded == ["cuEventRecord", "work", "cuEventRecord", "cuEventSynchronize"]
-    assert driver.calls.count("cuEventCreate") == driver.calls.count("cuEventDestroy_v2") == 2
-
-
-@pytest.mark.skipif(not compute_capabilities(), reason="this machine has no NVIDIA GPU")
-def test_a_copy_is_captured_and_replayed_on_a_real_device() -> None:
-    device = CudaDevice()
-    spec = TensorSpec("x", np.dtype(np.float32), (1000,))
-    source, target = device.allocate(spec), device.allocate(spec)
-    first, second = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
-    device.copy_in(source, first)
-
-    def work() -> dict[str, Any]:
-        device._copy("cuMemcpyDtoDAsync_v2", target.pointer, source.pointer, source.nbytes)
-        return {"x": target}
-
-    launch = device.capture(work)
-    device.copy_in(source, second)
-    launch()
-    np.testing.assert_array_equal(device.copy_out(target), second)
-    assert device.memory() > 0
-    device.close()
+    session.run({"x": np.ones((2, 3), np.float32)}, None)
+    sides = [
+        {
+            call.args[0]: call.args[1]
+            for call in engine.create_execution_context.return_value.set_tensor_address.call_args_list
+        }
+        for engine in (first, second)
+    ]
+    assert sides[1]["x"] == sides[0]["actions"]
+    assert not [name for name in driver.calls if "DtoD" in name]
+    assert driver.calls.count("cuMemcpyDtoHAsync_v2") == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch backend needs the extra [torch]")
+pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 INTERPRET = {} if GPU else {"TRITON_INTERPRET": "1"}
 with pytest.MonkeyPatch.context() as patch:
