@@ -5,12 +5,16 @@
 Exports a model with random weights, rewrites it by the pipelines `fp16` and `default` (ranges measured on one made-up
 sample), translates each graph to torch, compiles its prefix by Inductor and records prefix and steps as one CUDA graph.
 The baseline is the plain model in BF16, prefix and denoising step compiled by Inductor and recorded in the same way.
-`OUT/gpu.json` is written again after each stage. With `--device cpu` nothing is recorded, to try the script.
+Each pipeline has a process of its own. Whoever times holds `FOLDER/lock` alone; other programs that use the GPU meanwhile
+hold it shared, as `flock --shared` does. `OUT/gpu.json` is written again after each stage. With `--device cpu` nothing is
+recorded, to try the script.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import platform
 import subprocess
@@ -18,7 +22,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,15 @@ SEED = 0
 RUNS = 60
 """Timed replays of each CUDA graph."""
 
+EXPORTED = "exported"
+"""The file that says of which configuration the model in a folder is."""
+
 
 def export(folder: Path, config: str) -> None:
-    """Write the plain graph, one sample to calibrate with and one to compare on."""
+    """Write the plain graph, one sample to calibrate with and one to compare on, unless they are there."""
+    if (folder / EXPORTED).exists() and (folder / EXPORTED).read_text() == config:
+        return
+    (folder / EXPORTED).unlink(missing_ok=True)
     from pi05c.frontend.config import named_config
     from pi05c.frontend.export import export_model
     from pi05c.frontend.samples import synthetic_samples, write_samples
@@ -39,6 +49,8 @@ def export(folder: Path, config: str) -> None:
     export_model(None, folder / "model.onnx", config=config, random=True, seed=SEED)
     samples = synthetic_samples(named_config(config), SEED, 2)
     write_samples(folder / "calibrate.npz", {name: array[:1] for name, array in samples.items()}, True)
+    np.savez(folder / "compare.npz", **{name: array[1] for name, array in samples.items()})
+    (folder / EXPORTED).write_text(config)
 
 
 def rewrite(folder: Path, pipeline: str) -> None:
@@ -67,8 +79,8 @@ def prepare(folder: Path, config: str) -> None:
     """Export, then rewrite by each pipeline side by side."""
     export(folder, config)
     script = [sys.executable, __file__, str(folder), "--config", config, "--rewrite"]
-    running = [subprocess.Popen([*script, pipeline]) for pipeline in PIPELINES]
-    for process in running:
+    running = {pipeline: subprocess.Popen([*script, pipeline]) for pipeline in PIPELINES}
+    for process in running.values():
         process.wait()
 
 
@@ -97,9 +109,7 @@ class Measurement:
             "stages_s": {},
         }
         samples = synthetic_samples(self.config, SEED, 2)
-        self.sample = {name: array[1] for name, array in samples.items()}
-        np.savez(folder / "compare.npz", **self.sample)
-        self.inputs = {name: torch.from_numpy(np.array(a)).to(device) for name, a in self.sample.items()}
+        self.inputs = {name: torch.from_numpy(np.array(a[1])).to(device) for name, a in samples.items()}
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Do something, record its result and seconds; a failure is recorded and does not end the run."""
@@ -126,17 +136,26 @@ class Measurement:
         with torch.no_grad():
             if not self.cuda:
                 return work(), work
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
+            work()  # compiles, for minutes
+            with self.holding(fcntl.LOCK_SH):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
                     work()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = work()
+                torch.cuda.current_stream().wait_stream(side)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    result = work()
+                torch.cuda.synchronize()
         return result, graph.replay
+
+    @contextlib.contextmanager
+    def holding(self, how: int) -> Iterator[None]:
+        """Keep others that know the lock off the GPU: all with LOCK_EX, those that time with LOCK_SH."""
+        with (self.folder / "lock").open("a") as lock:
+            fcntl.flock(lock, how)
+            yield
 
     def timed(self, replay: Callable[[], Any]) -> dict[str, float]:
         """Milliseconds of replays, by CUDA events."""
@@ -146,16 +165,17 @@ class Measurement:
             with torch.no_grad():
                 replay()
             return {"median_ms": (time.monotonic() - started) * 1e3}
-        for _ in range(10):
-            replay()
         times = []
-        for _ in range(RUNS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+        with self.holding(fcntl.LOCK_EX):
+            for _ in range(10):
+                replay()
+            for _ in range(RUNS):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                replay()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
         return {
             "median_ms": float(np.median(times)),
             "p95_ms": float(np.percentile(times, 95)),
@@ -167,7 +187,10 @@ class Measurement:
         if not self.cuda:
             return {}
         torch = self.torch
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with (
+            self.holding(fcntl.LOCK_EX),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
+        ):
             replay()
             torch.cuda.synchronize()
         count: Counter[str] = Counter()
@@ -206,6 +229,8 @@ class Measurement:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with torch.no_grad():
             self.reference = self.plain(**self.inputs).cpu().numpy().astype(np.float64)
+        np.save(self.folder / "partial.npy", self.reference)
+        (self.folder / "partial.npy").rename(self.folder / "reference.npy")
 
     def compile_baseline(self) -> None:
         """Prefix and denoising step of the plain model in BF16, each compiled as one function."""
@@ -250,15 +275,9 @@ class Measurement:
         report["profile"] = {"prefix": self.kernels(replay_prefix), "steps": self.kernels(replay_steps)}
         return report
 
-    def wait_for(self, path: Path, preparing: subprocess.Popen[bytes]) -> None:
-        """Wait until another process has made a file.
-
-        Raises:
-            RuntimeError: the process ended without it.
-        """
-        while not path.exists():
-            if preparing.poll() is not None and not path.exists():
-                raise RuntimeError(f"{path} was not made")
+    def wait_for(self, *paths: Path) -> None:
+        """Wait until other processes have made files; the one that started this process ends it where they never do."""
+        while not all(path.exists() for path in paths):
             time.sleep(0.2)
 
     def compiled(self, prefix: Any) -> Callable[[], Any]:
@@ -281,13 +300,17 @@ class Measurement:
         return run
 
     def rewritten(self, pipeline: str) -> dict[str, Any]:
-        """Times of a rewritten graph."""
+        """Times of a rewritten graph, once it is there."""
         from pi05c.backend.torch_graph import translate
 
-        module = translate(self.folder / pipeline / "model.onnx", self.device)
+        place, reference = self.folder / pipeline, self.folder / "reference.npy"
+        self.wait_for(place / "rewritten", reference)
+        started = time.monotonic()
+        self.reference = np.load(reference)
+        module = translate(place / "model.onnx", self.device)
         prefix, steps = module.halves("noise")
         report = self.figures(self.compiled(prefix), self.late(prefix, steps), lambda result: result[0])
-        return {"fused": module.fused, **report}
+        return {"fused": module.fused, "seconds": round(time.monotonic() - started, 1), **report}
 
     def simulations(self) -> dict[str, Any]:
         """Errors of those simulations in onnxruntime that are done."""
@@ -300,20 +323,23 @@ class Measurement:
 
 
 def measure(out: Path, folder: Path, config: str, device: str) -> None:
-    """Prepare in another process, measure in this one."""
+    """Prepare and measure the pipelines in other processes, the baseline in this one."""
     run = Measurement(out, folder, config, device)
-    script = [sys.executable, __file__, str(folder), "--config", config, "--prepare"]
-    preparing = subprocess.Popen(script)
+    made = ("rewritten", "simulated.npy", "figures.json")
+    for left in ("reference.npy", *(f"{name}/{file}" for name in PIPELINES for file in made)):
+        (folder / left).unlink(missing_ok=True)
+    script = [sys.executable, __file__, str(folder), "--config", config, "--device", device]
+    preparing = subprocess.Popen([*script, "--prepare"])
+    waiting = {name: subprocess.Popen([*script, "--measure", name]) for name in PIPELINES}
     run.stage("load", run.load_plain)
     run.stage("compile", run.compile_baseline)
-    for pipeline in PIPELINES:
-        run.stage(
-            f"wait_{pipeline}", lambda name=pipeline: run.wait_for(folder / name / "rewritten", preparing)
-        )
-        if pipeline == PIPELINES[0]:
-            run.stage("baseline", run.baseline)
-        run.stage(pipeline, lambda name=pipeline: run.rewritten(name))
+    run.stage("baseline", run.baseline)
     preparing.wait()
+    for name, process in waiting.items():
+        if not (folder / name / "rewritten").exists() or not (folder / "reference.npy").exists():
+            process.kill()
+        process.wait()
+        run.stage(name, lambda place=folder / name: json.loads((place / "figures.json").read_text()))
     run.stage("simulated", run.simulations)
     run.stage("baseline_again", run.baseline)
 
@@ -329,6 +355,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rewrite", choices=PIPELINES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=PIPELINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.scratch or options.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -336,6 +363,10 @@ def main() -> None:
         prepare(options.out, options.config)
     elif options.rewrite:
         rewrite(options.out, options.rewrite)
+    elif options.measure:
+        run = Measurement(options.out, options.out, options.config, options.device)
+        found = run.rewritten(options.measure)
+        (options.out / options.measure / "figures.json").write_text(json.dumps(found))
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         measure(options.out, folder, options.config, options.device)

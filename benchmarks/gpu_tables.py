@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_tables.py OUT [--config pi05_libero] [--scratch FOLDER] [--device cuda] [--only NAME ...]
 
-Reads the `model.onnx` that `gpu.py` left in FOLDER, or makes it. The pipeline `default` is built up pass by pass; it is run for
-one, two and three cameras; and it is cut behind some of its steps. Ranges are assumed, not measured: they change no
-latency. Each variant is prepared in a process of its own, several at once, and measured while all others wait.
-`OUT/gpu_tables.json` holds the results.
+Reads the `model.onnx` that `gpu.py` left in FOLDER, or makes it. The pipeline `default` is built up pass by pass, where a
+pass finds something to do; it is run for one, two and three cameras; and it is cut behind some of its steps. Ranges are
+assumed, not measured: they change no latency. Each variant is prepared in a process of its own, several at once, and
+measured while all others wait. `OUT/gpu_tables.json` holds the results.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,13 @@ CUTS = (1, 2, 4, 6, 8, 10)
 """Steps after which the graph is cut."""
 
 
-def variants() -> dict[str, str]:
-    """Pipelines by name: `pass 03 drop_dead_prefix`, `views 2`."""
+def variants(idle: Sequence[str] = ()) -> dict[str, str]:
+    """Pipelines by name, `pass 03 drop_dead_prefix` or `views 2`; none for passes that have nothing to do."""
     found = {}
     first = DEFAULT.index(UNROLL)
     for count in range(1, len(DEFAULT) + 1):
+        if DEFAULT[count - 1] in idle and count < len(DEFAULT):
+            continue
         passes = DEFAULT[:count] if count > first else (*DEFAULT[:count], UNROLL)
         if count > DEFAULT.index(LOWER):
             passes = (*passes, BAKE)
@@ -65,6 +68,18 @@ def variants() -> dict[str, str]:
         present = ",".join("1" if view < views else "0" for view in range(3))
         found[f"views {views}"] = f"specialize{{views={present}}},{','.join(DEFAULT)},{BAKE}"
     return dict(reversed(found.items()))
+
+
+def idle_passes(folder: Path) -> list[str]:
+    """Passes of `default` that find nothing to do in the model."""
+    from pi05c.cost import AssumedRanges
+    from pi05c.graph.io import load
+    from pi05c.passes.pipeline import run as run_steps
+    from pi05c.passrun import RunOptions, plan
+
+    steps = plan(",".join(DEFAULT), RunOptions()).steps
+    results = run_steps(load(folder / "model.onnx"), steps, calibrate=lambda *_: AssumedRanges(), dry=True)
+    return [result.step.spec.name for result in results if not result.changes]
 
 
 def states(graph: Any) -> list[str]:
@@ -121,12 +136,13 @@ def measure(run: Measurement, pipeline: str, cuts: bool) -> dict[str, Any]:
 
 def supervise(options: argparse.Namespace) -> None:
     """Prepare variants side by side, then let one after the other measure."""
-    report: dict[str, Any] = {}
-    if not (options.scratch / "model.onnx").exists():
-        options.scratch.mkdir(parents=True, exist_ok=True)
-        export(options.scratch, options.config)
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    export(options.scratch, options.config)
+    idle = idle_passes(options.scratch)
+    report: dict[str, Any] = {"passes with nothing to do": idle}
     script = [sys.executable, __file__, *sys.argv[1:], "--variant"]
-    waiting = [name for name in variants() if not options.only or any(word in name for word in options.only)]
+    found = variants(idle)
+    waiting = [name for name in found if not options.only or any(word in name for word in options.only)]
     while waiting:
         batch, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
         running = {
