@@ -92,7 +92,7 @@ def _invocations() -> list[Invocation]:
         for snippet in _snippets(page.read_text()):
             if snippet.startswith("pi05c "):
                 words = shlex.split(snippet, comments=True)[1:]
-                if words[0].isupper():  # `pi05c COMMAND --help`
+                if words[0].isupper() or words[0] == "--help":  # `pi05c COMMAND --help`, `pi05c --help`
                     continue
                 found.append(Invocation(page.name, tuple(words)))
     return found
