@@ -14,7 +14,7 @@ from pi05c.passes.patterns.norm import find_norms
 from pi05c.passes.patterns.rope import find_angles, find_rope
 from pi05c.passes.patterns.softmax import find_softmaxes
 from pi05c.passes.patterns.time import find_time_path
-from pi05c.passes.retype import Retyper, remove_redundant_casts
+from pi05c.passes.retype import Retyper, others_than, remove_redundant_casts
 
 
 @graph_pass(exact=False, after=("lower_precision",))
@@ -32,7 +32,8 @@ def pin_fp32(graph: gs.Graph, ctx: PassContext) -> None:
         ctx.skip(node, "it is attention as one operator, whose softmax computes in the type that it chooses")
     if not regions and not operators:
         ctx.skip("graph", "it has no softmax, norm, RoPE, time path or flow accumulation")
-    low = {id(node) for _, _, region in regions for node in region if _is_low(node)}
+    every = {id(node): node for _, _, region in regions for node in region}
+    low = {id(node) for node in others_than(every.values(), FLOAT32) if _is_low(node)}
     pinned = ctx.first(regions, lambda region: any(id(node) in low for node in region[2]))
     nodes = {id(node): node for _, _, region in pinned for node in region}
     Retyper(graph, ctx.names).run_in(nodes.values(), FLOAT32)

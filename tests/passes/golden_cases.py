@@ -550,6 +550,33 @@ def pin_fp32__rope() -> onnx.ModelProto:
     )
 
 
+@case(
+    "pin_fp32",
+    "What the time makes in a loop's body runs in float32 up to a Cast, behind which the layers stay in float16.",
+    limit=2e-3,
+    why=FLOAT16_ROUNDING,
+)
+def pin_fp32__time() -> onnx.ModelProto:
+    return graph_text(
+        """
+        steps (float16[1,4,32] noise) => (float16[1,4,32] actions)
+          <float16 start = {1}, float16 dt = {-0.5}, int64 trip = {2}, bool go = {1}> {
+          actions, late = Loop(trip, go, noise, start) <
+            body = step (int64 i, bool again, float16[1,4,32] x, float16 t) => (bool keep, float16[1,4,32] next, float16 after) {
+              keep = Identity(again)
+              wave = Mul(t, w)
+              phase = Sin(wave)
+              known = Add(x, phase)
+              v = MatMul(known, m)
+              d = Mul(v, dt)
+              next = Add(x, d)
+              after = Add(t, dt)
+            }>
+        }""",
+        {"w": normal(1, 32, dtype=np.float16), "m": normal(2, 32, 32, dtype=np.float16)},
+    )
+
+
 @case("pin_fp32", "An MLP alone has nothing that needs float32.", limit=0.0, why="nothing changes")
 def pin_fp32__refused() -> onnx.ModelProto:
     return graph_text(
