@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from pi05c.cli.app import SHARED_OPTIONS, app
+from pi05c.cli.truncation import truncation_explained
 from pi05c.graph.errors import Pi05cError, UsageError, unwritable
 from pi05c.terminal import printable
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completing = "_PI05C_COMPLETE" in os.environ
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), truncation_explained(_status(arguments, Pi05cError.exit_code)):
             status = app(
                 args=arguments if arguments or completing else ["--help"],
                 prog_name="pi05c",
@@ -74,11 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             traceback.print_exception(error)
         print(f"error: {printable(message, layout=False)}", file=sys.stderr)
-        return _TROUBLE if _command(arguments) in _COMPARING else status
+        return _status(arguments, status)
 
 
-def _command(arguments: Sequence[str]) -> str:
-    return next((word for word in arguments if word not in SHARED_OPTIONS), "")
+def _status(arguments: Sequence[str], status: int) -> int:
+    """The exit status of a command that fails with `status`."""
+    command = next((word for word in arguments if word not in SHARED_OPTIONS), "")
+    return _TROUBLE if command in _COMPARING else status
 
 
 def _explained(error: Exception) -> tuple[str, int]:

@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import Command
 from faulty_runs import content
+from onnx import TensorProto, helper, numpy_helper
 from small_policy import policy, write_policy, write_samples
 
 from pi05c import compilation
@@ -356,3 +359,85 @@ def _runs(process: int) -> bool:
     except OSError:
         return False
     return state not in ("Z", "X")
+
+
+# Files that are cut short while they are mapped
+
+CUT_IN_A_PASS = """
+    import os
+    import numpy as np
+    import onnx_graphsurgeon as gs
+    from pi05c.graph.weights import weight_of, whole
+    from pi05c.passes.contract import PassContext, graph_pass
+
+
+    @graph_pass(exact=True)
+    def cut(graph: gs.Graph, ctx: PassContext) -> None:
+        \"\"\"Shorten the file of a weight between mapping and reading it.\"\"\"
+        weight = weight_of(next(tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)))
+        values = weight.read(whole(weight.shape))
+        os.truncate({data!r}, 8)
+        np.asarray(values).sum()
+    """
+CUT_IN_A_RUN = """
+    import os, sys
+    from pi05c.backend.onnxruntime import OnnxRuntimeRunner
+    from pi05c.cli import main
+
+    run = OnnxRuntimeRunner.run
+
+    def cut_and_run(runner, inputs):
+        os.truncate({data!r}, 8)
+        return run(runner, inputs)
+
+    OnnxRuntimeRunner.run = cut_and_run
+    sys.exit(main(sys.argv[1:]))
+    """
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Path:
+    """A graph that reads its weight, 16 MB in a file beside it, where it is mapped; with samples."""
+    folder = tmp_path / "mapped"
+    folder.mkdir()
+    width = 2048
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[width, width])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="model.onnx.data")
+    np.full((width, width), 0.5, np.float32).tofile(folder / "model.onnx.data")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name in ("x", "actions")]
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["m"]),
+        helper.make_node("ReduceMax", ["m", "rows"], ["actions"]),
+    ]
+    weights = [tensor, numpy_helper.from_array(np.array([0]), "rows")]
+    graph = helper.make_graph(nodes, "largest", values[:1], values[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    np.savez(folder / "model.calibration.npz", x=np.ones((2, 1, width), np.float32))
+    return folder / "model.onnx"
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "SIGBUS") or not Path("/proc/self/maps").exists(), reason="Linux alone tells"
+)
+@pytest.mark.parametrize("code", [CUT_IN_A_PASS, CUT_IN_A_RUN], ids=["in a pass", "in onnxruntime"])
+def test_weights_that_are_cut_short_while_they_are_read(mapped: Path, tmp_path: Path, code: str) -> None:
+    data, output, script = mapped.with_name("model.onnx.data"), tmp_path / "engine", tmp_path / "cut.py"
+    script.write_text(textwrap.dedent(code).format(data=str(data)))
+    words = compile_words(mapped, output)
+    environment = {**ENVIRONMENT, "PI05C_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pi05c", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    before = content(output)
+    command = [sys.executable, str(script), *words]
+    if code is CUT_IN_A_PASS:
+        command = [sys.executable, "-m", "pi05c", *words, "--passes", "cut", "--plugin", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {data} became shorter while it was read: start again when nothing writes it any more"
+    )
+    assert content(output) == before
