@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz check format docs bench clean
+.PHONY: demo test versions fuzz check format docs bench clean
 
 # One stamp for each set of extras: the install runs again when what it depends on changes.
 $(VENV)/bin/python:
@@ -28,6 +28,38 @@ demo: $(VENV)/.demo
 test: check
 	$(BIN)/pi05c golden check golden
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The oldest version of each dependency (constraints-oldest.txt) and the newest, with Python 3.10 and 3.12 where they are
+# on the PATH or pyenv has them, else with $(PYTHON). Without torch, which is large and which only the export needs: tests
+# that need it skip themselves. The tests are those of what versions decide: reading and writing graphs, the texts and
+# numbers of passes, onnxruntime's operators, TensorRT-RTX's builder, and the command line.
+VERSIONS := oldest newest
+OLDEST_PYTHON = $(call python,3.10)
+NEWEST_PYTHON = $(call python,3.12)
+python = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) $(PYTHON))
+
+.venv-oldest/.done: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[rtx]' $(TESTING)
+	touch $@
+
+.venv-newest/.done: FORCE
+	test -x .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[rtx]' $(TESTING)
+	touch $@
+
+TESTING := pytest pytest-xdist hypothesis
+VERSION_TESTS := tests/graph tests/cases tests/backend tests/passes/test_golden.py tests/passes/test_refusals.py \
+	tests/passes/test_pipeline.py $(patsubst %,tests/driver/test_%.py,cli compile failures report polygraphy)
+
+FORCE:
+
+versions: $(VERSIONS:%=.venv-%/.done)
+	for version in $(VERSIONS); do \
+		.venv-$$version/bin/python --version && .venv-$$version/bin/python -m pip list --disable-pip-version-check && \
+		.venv-$$version/bin/python -m pytest -n 2 --dist worksteal $(VERSION_TESTS) || exit 1; \
+	done
 
 # Twenty times as many generated graphs as in `make test`, other ones each time; then ten minutes of bytes that look for
 # a way through the loader. Atheris has wheels for Python 3.11 and later on Linux.
@@ -71,4 +103,4 @@ bench: $(VENV)/.demo $(PEERS)/.done
 	$(BIN)/python benchmarks/growth.py -o full/growth.json
 
 clean:
-	rm -rf demo full .venv-peers build dist *.egg-info
+	rm -rf demo full .venv-peers .venv-oldest .venv-newest build dist *.egg-info

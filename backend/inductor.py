@@ -20,15 +20,13 @@ from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.inductor_worker import Request
 from pi05c.backend.targets import Target, target_of
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.requirements import WITH_TORCH
 
 INDUCTOR = "inductor"
 """What `--backend` calls it."""
 
 CPU = "cpu"
 """What `--target` calls the processor of this machine."""
-
-EXTRA = "pi05c[torch]"
-"""The pip extra that brings it."""
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.inductor_worker")
 """The command that takes the path of a request; tests put a misbehaving one in its place."""
@@ -75,7 +73,7 @@ def is_installed() -> bool:
 def cannot_compile(targets: Sequence[Target], options: InductorOptions) -> str | None:
     """Why this machine cannot make the package; None if it can."""
     if not is_installed():
-        return f"PyTorch is not installed (pip install '{EXTRA}')"
+        return f"PyTorch is not installed (pip install '{WITH_TORCH}')"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"Inductor needs a C++ compiler, and there is no {compiler} (CXX names another)"
@@ -134,7 +132,6 @@ def build(
 
 __all__ = [
     "CPU",
-    "EXTRA",
     "INDUCTOR",
     "InductorOptions",
     "Package",

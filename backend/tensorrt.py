@@ -20,7 +20,8 @@ from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.signature import TensorSpec, inputs_of
 from pi05c.backend.targets import Flavour, Target, target_of
 from pi05c.backend.tensorrt_worker import Request
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.graph.requirements import unsupported
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "pi05c.backend.tensorrt_worker")
 """The command that takes the path of a request; tests put a misbehaving one in its place."""
@@ -125,12 +126,13 @@ def find_flavour(requested: str | Flavour | None = None, targets: Sequence[Targe
             TensorRT-RTX, that can build for all of `targets`, or just the first installed one if none can.
 
     Raises:
-        UsageError: the name is unknown, or what was asked for, or either, is not installed.
+        UsageError: the name is unknown.
+        BuildError: what was asked for, or either, is not installed.
     """
     installed = installed_flavours()
     if requested is None:
         if not installed:
-            raise UsageError(
+            raise BuildError(
                 f"neither TensorRT-RTX nor TensorRT is installed: pip install '{Flavour.TENSORRT_RTX.extra}' "
                 f"(builds without a GPU) or '{Flavour.TENSORRT.extra}'"
             )
@@ -141,7 +143,7 @@ def find_flavour(requested: str | Flavour | None = None, targets: Sequence[Targe
         known = ", ".join(flavour.value for flavour in Flavour)
         raise UsageError(f"unknown builder {requested!r}: choose among {known}") from error
     if flavour not in installed:
-        raise UsageError(f"{flavour.product} is not installed: pip install '{flavour.extra}'")
+        raise BuildError(f"{flavour.product} is not installed: pip install '{flavour.extra}'")
     return flavour
 
 
@@ -181,12 +183,13 @@ def build(
     Raises:
         UsageError: options that contradict each other or the flavour; a profile that does not fit the model.
         Pi05cError: the targets cannot be built here, or a dynamic input has no profile.
-        BuildError: the builder logged an error, crashed, was killed, or exceeded its limits. `plan_path` is as it
-            was before.
+        BuildError: the builder is not installed, or in a version that is not supported; it logged an error, crashed,
+            was killed, or exceeded its limits. `plan_path` is as it was before.
     """
     check_options(options)
     if reason := can_build(options.targets, options.flavour):
-        raise Pi05cError(f"{reason}: build it on the device itself, with build_engine.sh or `pi05c build`")
+        kind = Pi05cError if _is_installed(options.flavour) else BuildError
+        raise kind(f"{reason}: build it on the device itself, with build_engine.sh or `pi05c build`")
     _check_profiles(model_path, options.profiles)
     request = Request(
         rtx=options.flavour is Flavour.TENSORRT_RTX,
@@ -232,7 +235,10 @@ def check_options(options: BuildOptions) -> None:
 
     Raises:
         UsageError: names the option and what to do.
+        BuildError: the version of the flavour is not supported.
     """
+    if reason := unsupported(options.flavour.extra):
+        raise BuildError(reason)
     rtx = options.flavour is Flavour.TENSORRT_RTX
     if rtx and options.timing_cache is not None:
         raise UsageError("TensorRT-RTX times nothing while it builds: leave the timing cache to TensorRT")

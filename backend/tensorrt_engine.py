@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from pi05c.backend.cuda import Buffer, CudaDevice
 from pi05c.backend.signature import TensorSpec
 from pi05c.backend.targets import Flavour
+from pi05c.backend.tensorrt_library import load_library
 from pi05c.graph.errors import Pi05cError
 
 RUNTIME_CACHE = ".cache"
@@ -45,14 +45,13 @@ class TensorRTEngine:
         """Load `plan`.
 
         Raises:
-            Pi05cError: the flavour is not installed, or the plan does not load on this GPU.
+            Pi05cError: the flavour is not installed, not of a supported version, or does not load; or the plan does
+                not load on this GPU.
         """
         try:
-            trt = importlib.import_module(flavour.module)
-        except ImportError as error:
-            raise Pi05cError(
-                f"{plan} is a plan of {flavour.product}, which is not installed: pip install '{flavour.extra}'"
-            ) from error
+            trt = load_library(flavour)
+        except Pi05cError as error:
+            raise Pi05cError(f"{plan} cannot run: {error}") from error
         self._device = device
         self._log = _log(trt)
         self._runtime = trt.Runtime(self._log)

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pi05c.backend.child import end_with_parent, memory_of, send
+from pi05c.backend.targets import Flavour
+from pi05c.backend.tensorrt_library import load_library
+from pi05c.graph.errors import Pi05cError
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -60,18 +63,18 @@ def build(request: Request) -> None:
     """Build the engine and write it to `request.plan`.
 
     Raises:
+        Pi05cError: the builder's library does not load.
         polygraphy.exception.PolygraphyException: the graph cannot be parsed or the engine cannot be built; the
             reasons are the `[E]` lines of the log.
     """
+    trt = load_library(Flavour.TENSORRT_RTX if request.rtx else Flavour.TENSORRT)
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if request.rtx else "0"
     from polygraphy.backend.trt import network_from_onnx_path
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
-    from polygraphy.mod.trt_importer import lazy_import_trt
 
     G_LOGGER.colors = False
     G_LOGGER.severity = G_LOGGER.VERBOSE if request.verbose else G_LOGGER.INFO
-    trt = lazy_import_trt()
     strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     builder, network, _parser = network_from_onnx_path(request.model, strongly_typed=strongly_typed)
     config = _config(request, trt, builder, network)
@@ -180,6 +183,9 @@ def main(path: str) -> int:
     request = Request.from_json(Path(path).read_text())
     try:
         build(request)
+    except Pi05cError as error:
+        print(f"[E] {error}", flush=True)
+        return 1
     except Exception as error:
         # Polygraphy's own exceptions only repeat that there were errors: the reasons are logged as [E] already.
         letter = "!" if type(error).__name__ == "PolygraphyException" else "E"

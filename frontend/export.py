@@ -15,6 +15,7 @@ from pi05c.frontend.config import Pi05Config, named_config
 from pi05c.frontend.samples import is_synthetic, read_samples, synthetic_samples, write_samples
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import model_from_proto, save
+from pi05c.graph.requirements import WITH_TORCH, refuse_unsupported
 
 if TYPE_CHECKING:
     from pi05c.frontend.checkpoint import Checkpoint
@@ -194,12 +195,13 @@ def _versions() -> dict[str, str]:
 
 
 def _require_torch() -> None:
+    refuse_unsupported(WITH_TORCH)
     try:
         import onnxscript  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
         raise Pi05cError(
-            f"export needs {error.name}, which is not installed: pip install 'pi05c[torch]'"
+            f"export needs {error.name}, which is not installed: pip install '{WITH_TORCH}'"
         ) from error
 
 

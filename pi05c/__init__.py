@@ -38,5 +38,8 @@ __all__ = ["build", "compile", "export", "extract", "inspect", "load", "run", "t
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pi05c.graph.requirements import refuse_unsupported
+
+    refuse_unsupported()
     module, attribute = _WHERE[name]
     return getattr(importlib.import_module(module), attribute)

@@ -12,6 +12,7 @@ from pi05c.chain import StageCall
 from pi05c.contract import Contract
 from pi05c.frontend.samples import input_specs
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.requirements import WITH_TORCH, refuse_unsupported
 from pi05c.runtime import DeviceSession, Policy
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ def load_baseline(config: Pi05Config, kind: str, seed: int = 0) -> Policy:
     """The plain model with random weights: in BF16 on the GPU at hand, in float32 on the CPU where there is none.
 
     Raises:
-        Pi05cError: torch is not installed.
+        Pi05cError: torch is not installed, or not of a supported version.
     """
+    refuse_unsupported(WITH_TORCH)
     try:
         import torch
     except ImportError as error:
         raise Pi05cError(
-            "--baseline needs torch, which is not installed: pip install 'pi05c[torch]'"
+            f"--baseline needs torch, which is not installed: pip install '{WITH_TORCH}'"
         ) from error
     from pi05c.backend.torch_device import TorchCpu, TorchCuda
     from pi05c.frontend.plain import half_precision, random_policy

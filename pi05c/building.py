@@ -21,6 +21,8 @@ from pi05c.folder import FAILED_BUILD, GRAPH, PACKAGE, PLAN, REPORT, inside
 from pi05c.graph.check import weights_as_inputs
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
 from pi05c.graph.io import Model, to_proto
+from pi05c.graph.requirements import WITH_TORCH
+from pi05c.graph.requirements import unsupported as unsupported_packages
 from pi05c.manifest import (
     EngineRecord,
     Manifest,
@@ -64,6 +66,13 @@ class Builder:
     chosen: str | None = None
 
     @property
+    def is_installed(self) -> bool:
+        """Whether the program that builds is there at all, if one is needed."""
+        if isinstance(self.options, InductorOptions):
+            return inductor.is_installed()
+        return self.options is None or self.options.flavour in tensorrt.installed_flavours()
+
+    @property
     def profiles(self) -> tuple[ShapeProfile, ...]:
         """Shapes of dynamic inputs."""
         return self.options.profiles if isinstance(self.options, BuildOptions) else ()
@@ -79,8 +88,9 @@ def choose(backend: str | None, target: str | None, options: Mapping[str, Any]) 
 
     Raises:
         UsageError: an unknown backend or target; a time limit that is not positive; an option that the builder or
-            this machine cannot do; no builder is installed and no target is named for which the plan could be built
-            elsewhere.
+            this machine cannot do.
+        BuildError: no builder is installed and no target is named for which the plan could be built elsewhere; the
+            builder is installed in a version that is not supported.
     """
     time_limit = options.get("time_limit_s")
     if time_limit is not None and not time_limit > 0:
@@ -140,7 +150,10 @@ def _choose_inductor(target: str | None, options: Mapping[str, Any]) -> Builder:
         chosen = "no --target and no GPU here: compiling for this CPU"
     own = {name: value for name, value in options.items() if name in _INDUCTOR_OPTIONS}
     decided = InductorOptions(cpu=cpu, **own)
-    return Builder(decided, targets, inductor.cannot_compile(targets, decided), chosen)
+    obstacle = inductor.cannot_compile(targets, decided)
+    if obstacle is None and (reason := unsupported_packages(WITH_TORCH)):
+        raise BuildError(reason)
+    return Builder(decided, targets, obstacle, chosen)
 
 
 def _flavour_for(backend: str | None, targets: Sequence[Target]) -> Flavour:
@@ -347,7 +360,7 @@ def build(
 
     Raises:
         Pi05cError: it is no engine folder, its graph failed verification, or the plan cannot be built here.
-        BuildError: the builder failed.
+        BuildError: the builder is not installed, not supported in its version, or failed.
     """
     from pi05c.graph.io import load
 
@@ -384,7 +397,8 @@ def build(
     if builder.options is None:
         raise UsageError(f"--backend {NO_PLAN} makes no plan: name tensorrt-rtx, tensorrt or {INDUCTOR}")
     if builder.obstacle is not None:
-        raise Pi05cError(f"{builder.obstacle}: run this on the device, or name another --target or --backend")
+        kind = Pi05cError if builder.is_installed else BuildError
+        raise kind(f"{builder.obstacle}: run this on the device, or name another --target or --backend")
     refuse_without_profile(builder, manifest.inputs)
     places = manifest.places
     for place in places:

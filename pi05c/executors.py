@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.requirements import refuse_unsupported
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -233,6 +234,7 @@ def _copy(remote: Any, local: Future[Any]) -> None:
 
 @contextmanager
 def _dask_client(address: str) -> Iterator[Any]:
+    refuse_unsupported("pi05c[dask]")
     try:
         from distributed import Client
     except ImportError as error:

@@ -16,6 +16,7 @@ from pi05c.calibration import keep_ranges
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges, Wanted
+from pi05c.graph.requirements import refuse_unsupported
 from pi05c.graph.runner import Array
 from pi05c.passes.pipeline import run as run_steps
 from pi05c.passrun import RunOptions, plan, samples_for
@@ -69,7 +70,7 @@ def calibrate_with_modelopt(
 
     Raises:
         UsageError: another method.
-        Pi05cError: torch or ModelOpt is not installed; there are no samples; no pass asks for ranges, or one asks for rows; a
+        Pi05cError: torch or ModelOpt is not installed, or not of a supported version; there are no samples; no pass asks for ranges, or one asks for rows; a
             tensor holds NaN, or infinity where it is quantized; torch has no such operator as the graph.
     """
     progress = progress or Progress()
@@ -78,6 +79,7 @@ def calibrate_with_modelopt(
         raise UsageError(
             f"--calibration-method {method} is not one of those that ModelOpt's calibrators give here: max, percentile"
         )
+    refuse_unsupported("pi05c[torch,modelopt]")
     try:
         import modelopt.torch.quantization  # noqa: F401
         import torch

@@ -25,6 +25,7 @@ from pi05c.contract import Contract, vocabulary_of
 from pi05c.folder import GRAPH
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import load as load_graph
+from pi05c.graph.requirements import WITH_TORCH
 from pi05c.graph.specialization import FixedInput
 from pi05c.inspection import spec_of_record
 from pi05c.manifest import Manifest, read_manifest
@@ -37,7 +38,7 @@ TORCH = "torch"
 WARM_UP_RUNS = 3
 """Calls after which clocks and caches have settled; the first of them captures the CUDA graph."""
 
-_NO_TORCH = f"PyTorch is not installed (pip install '{inductor.EXTRA}')"
+_NO_TORCH = f"PyTorch is not installed (pip install '{WITH_TORCH}')"
 
 Work = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Puts one run on a device's stream: buffers by input name -> buffers by output name."""

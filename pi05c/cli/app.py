@@ -147,4 +147,6 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    from pi05c.graph.requirements import refuse_unsupported
+
+    refuse_unsupported()

@@ -20,6 +20,7 @@ def view(
     from pi05c.folder import GRAPH
     from pi05c.graph.errors import Pi05cError
     from pi05c.graph.io import load
+    from pi05c.graph.requirements import refuse_unsupported
 
     graph = path / GRAPH if path.is_dir() else path
     if path.is_dir() and not graph.is_file():
@@ -27,6 +28,7 @@ def view(
             f"{path} holds no {GRAPH}: name an ONNX file, an engine folder, or a part of a split one"
         )
     load(graph)
+    refuse_unsupported("pi05c[view]")
     try:
         import netron
     except ImportError as error:

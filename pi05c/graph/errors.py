@@ -24,7 +24,7 @@ class VerificationError(Pi05cError):
 
 
 class BuildError(Pi05cError):
-    """The engine builder failed, crashed or ran out of time."""
+    """The engine builder is missing or of a wrong version, failed, crashed or ran out of time."""
 
     exit_code = 4
 

@@ -14,6 +14,7 @@ from polygraphy.logger import G_LOGGER
 
 from pi05c.graph.check import load_valid
 from pi05c.graph.io import Model, model_from_proto, save, to_whole_proto
+from pi05c.graph.requirements import refuse_unsupported
 from pi05c.graph.wellformed import refuse_malformed, refuse_misused_operators
 from pi05c.passrun import RunOptions, run_passes
 from pi05c.polygraphy.reporting import LoggedProgress, errors_of_polygraphy
@@ -100,8 +101,9 @@ def loaded(model: OnnxModel | Callable[[], OnnxModel], path: str | PathLike[str]
     """Make an editable model of what a loader takes.
 
     Raises:
-        Pi05cError: it cannot be read.
+        Pi05cError: it cannot be read, or a package that pi05c needs is of a version that is not supported.
     """
+    refuse_unsupported()
     given, _ = util.invoke_if_callable(model)
     if not isinstance(given, onnx.ModelProto):
         return load_valid(given)

@@ -259,11 +259,11 @@ def test_choice_of_the_flavour(monkeypatch: pytest.MonkeyPatch) -> None:
     here: dict[str, ModuleSpec] = {}
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: here.get(name))
     monkeypatch.setattr(tensorrt, "compute_capabilities", lambda: ((9, 0),))
-    with pytest.raises(UsageError, match=r"pi05c\[rtx\].*pi05c\[tensorrt\]"):
+    with pytest.raises(BuildError, match=r"pi05c\[rtx\].*pi05c\[tensorrt\]"):
         find_flavour()
     here["tensorrt_rtx"] = ModuleSpec("tensorrt_rtx", None, origin="__init__.py")
     assert find_flavour() is Flavour.TENSORRT_RTX
-    with pytest.raises(UsageError, match=r"TensorRT is not installed: pip install 'pi05c\[tensorrt\]'"):
+    with pytest.raises(BuildError, match=r"TensorRT is not installed: pip install 'pi05c\[tensorrt\]'"):
         find_flavour("tensorrt")
     here["tensorrt"] = ModuleSpec("tensorrt", None)  # a folder named tensorrt
     assert find_flavour() is Flavour.TENSORRT_RTX

@@ -99,11 +99,11 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, *flavours: Flavour) -> No
 
     def can_build(targets: tuple[object, ...], flavour: Flavour) -> str | None:
         if flavour not in flavours:
-            return f"{flavour.title} is not installed"
+            return f"{flavour.product} is not installed"
         if flavour is Flavour.TENSORRT:
             return "TensorRT builds for the GPU at hand, and this machine has none"
         foreign = [str(target) for target in targets if flavour not in target.flavours]  # type: ignore[attr-defined]
-        return f"{flavour.title} does not build for {', '.join(foreign)}" if foreign else None
+        return f"{flavour.product} does not build for {', '.join(foreign)}" if foreign else None
 
     monkeypatch.setattr(tensorrt, "installed_flavours", lambda: flavours)
     monkeypatch.setattr(tensorrt, "can_build", can_build)

@@ -578,7 +578,7 @@ def test_build_finishes_a_folder_on_the_device(
     assert result.status == 0
     assert "build_engine.sh" in result.err
     assert "no plan" in result.out
-    assert pi05c("build", folder).status == 1
+    assert pi05c("build", folder).status == 4
     use_worker(monkeypatch, tmp_path, BUILDS)
     built = pi05c("build", folder, "--backend", "tensorrt-rtx")
     assert built.status == 0, built.err

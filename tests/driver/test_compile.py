@@ -272,8 +272,10 @@ def test_where_no_builder_is_installed_a_named_target_still_gets_its_folder(
     pretend_installed(monkeypatch)
     pi05c.compile(policy, output, passes="none", target="h100")
     assert SCRIPT in names(output)
-    with pytest.raises(UsageError, match="is installed"):
+    with pytest.raises(BuildError, match="is installed"):
         pi05c.compile(policy, output, passes="none")
+    with pytest.raises(BuildError, match=r"TensorRT is not installed.*run this on the device"):
+        pi05c.build(output)
 
 
 @pytest.mark.parametrize("passes", ["nvfp4", "default,quantize_linears{nvfp4=*gate*}"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -66,6 +68,77 @@ def test_a_graph_that_the_real_builder_refuses(tmp_path: Path, capsys: pytest.Ca
     )
     assert again.returncode != 0
     assert "Det" in again.stdout + again.stderr
+
+
+def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Python, and the builder's process, look there first."""
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    )
+
+
+@pytest.mark.parametrize("broken", ["missing", "truncated"])
+def test_a_builder_whose_library_does_not_load(
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+) -> None:
+    """A package of the builder's name stands for one of which a shared library was lost."""
+    packages, output = tmp_path / "packages", tmp_path / "out" / "engine"
+    library = packages / "tensorrt_rtx" / "libtensorrt_rtx.so.1"
+    library.parent.mkdir(parents=True)
+    (library.parent / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(library)!r})\n")
+    if broken == "truncated":
+        library.write_bytes(Path(sys.executable).resolve().read_bytes()[:100])
+    assert main(policy, "--passes", "none", "-o", output, "--backend", "onnxruntime") == 0
+    before = content(output)
+    put_on_path(packages, monkeypatch)
+    arguments = (policy, "--passes", "none", "-o", output, "--target", "sm120", "--backend", "tensorrt-rtx")
+    capsys.readouterr()
+    assert main(*arguments) == 4
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert f"TensorRT-RTX is installed but does not load ({library}: " in error
+    assert "pip install --force-reinstall tensorrt-rtx" in error
+    kept = output.with_name("engine.failed")
+    assert str(kept / FAILED_BUILD / "reproduce.sh") in error
+    assert content(output) == before
+    assert {path.name for path in output.parent.iterdir()} == {"engine", "engine.failed"}
+    again = subprocess.run(
+        [kept / FAILED_BUILD / "reproduce.sh"], capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 1
+    assert "does not load" in again.stdout
+
+
+@pytest.mark.parametrize("command", ["compile", "build"])
+def test_a_builder_of_a_version_that_is_not_supported_is_refused_at_once(
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    use_worker(monkeypatch, tmp_path, BUILDS)
+    output = tmp_path / "out" / "engine"
+    arguments = (policy, "--passes", "none", "-o", output, "--target", "sm120")
+    if command == "build":
+        assert main(*arguments) == 0
+        arguments = ("build", output)
+    before = content(output)
+    installed = tmp_path / "packages" / "tensorrt_rtx-1.0.0.21.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt-rtx\nVersion: 1.0.0.21\n")
+    put_on_path(installed.parent, monkeypatch)
+    capsys.readouterr()
+    assert main(*arguments) == 4
+    said = capsys.readouterr().err
+    assert "error: tensorrt-rtx 1.0.0.21 is installed, but pi05c needs tensorrt-rtx>=" in said
+    assert "pip install 'tensorrt-rtx>=" in said
+    assert content(output) == before
+    assert output.parent.exists() == (command == "build")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
@@ -131,7 +204,7 @@ def test_a_folder_for_a_device_is_complete_but_for_its_plan(
         assert subprocess.run([shell, "-n", output / SCRIPT], timeout=60).returncode == 0
     capsys.readouterr()
     before = content(output)
-    assert main("build", output) == 1
+    assert main("build", output) == 4
     assert "run this on the device" in capsys.readouterr().err
     assert content(output) == before
 
