@@ -93,7 +93,8 @@ if wanted packages; then
     waiting+=($!)
 fi
 if wanted tests; then
-    step tests flock --shared "$scratch/lock" "$python" -m pytest -p no:cacheprovider -rs -m gpu tests &
+    step tests flock --shared "$scratch/lock" "$python" -m pytest -p no:cacheprovider -rs -m gpu \
+        tests/backend tests/driver/test_runtime.py &
 fi
 if wanted tables || wanted passes; then
     while wanted figures && [ "$SECONDS" -lt "$limit" ] && [ "$(cat "$scratch/exported" 2>/dev/null)" != "$config" ]; do
