@@ -138,9 +138,7 @@ class ProbedGraph:
             finally:
                 _forget(graph)
 
-    def run(
-        self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None
-    ) -> Probed:
+    def run(self, sample: Mapping[str, Array], places: Mapping[str, Array] | None = None) -> Probed:
         """What the graph gives for one sample.
 
         The first run in a process loads the graph, which stays loaded until the next graph is.
