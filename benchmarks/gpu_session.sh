@@ -97,7 +97,7 @@ if wanted tests; then
         tests/backend tests/driver/test_runtime.py &
 fi
 if wanted tables || wanted passes; then
-    while wanted figures && [ "$SECONDS" -lt "$limit" ] && [ "$(cat "$scratch/exported" 2>/dev/null)" != "$config" ]; do
+    while wanted figures && kill -0 "${waiting[0]}" && [ "$(cat "$scratch/exported" 2>/dev/null)" != "$config" ]; do
         sleep 1
     done
 fi
