@@ -23,6 +23,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load, save
 from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
+from pi05c.graph.session import session_options
 from pi05c.graph.sort import constants_first, sort_proto
 from pi05c.graph.spelling import awaits_fp4
 from pi05c.graph.walk import bodies_of, graphs_in
@@ -85,7 +86,7 @@ class OnnxRuntimeRunner:
             constants_first(graph)  # else all weights are widened before the first MatMul
         self._feeds = lowered.feeds
         self._fetches = lowered.fetches
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.intra_op_num_threads = processors() if threads is None else threads
         options.log_severity_level = _ERRORS_ONLY
         options.enable_cpu_mem_arena = (
@@ -102,7 +103,10 @@ class OnnxRuntimeRunner:
                 disabled_optimizers=_DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise Pi05cError(f"onnxruntime cannot load {self._path}: {_short(error)}") from error
+            newer = ""
+            if type(error).__name__ == "NotImplemented":
+                newer = f"; this is onnxruntime {onnxruntime.__version__}, and a newer one may have it: pip install -U onnxruntime"
+            raise Pi05cError(f"onnxruntime cannot load {self._path}: {_short(error)}{newer}") from error
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.

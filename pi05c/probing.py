@@ -29,6 +29,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.runner import Array
+from pi05c.graph.session import session_options
 from pi05c.graph.sort import constants_first
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weight_nodes import WeightNodes
@@ -182,7 +183,7 @@ class ProbedGraph:
         """A session, and what is to be fed beside samples: `OrtValue`s on mapped memory, none a copy."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _FATAL_ONLY
         options.enable_cpu_mem_arena = False  # it keeps what one run took

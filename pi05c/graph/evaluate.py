@@ -16,6 +16,7 @@ from pi05c.graph.edit import producer
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, save
 from pi05c.graph.runner import Array
+from pi05c.graph.session import session_options
 from pi05c.graph.sort import captured_by, sort_graph
 from pi05c.graph.weights import array_of
 
@@ -54,7 +55,7 @@ class Evaluator:
             ir_version=graph.ir_version,
         )
         sort_graph(part)
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.log_severity_level = 4
         with tempfile.TemporaryDirectory(prefix="pi05c-") as folder:
             path = Path(folder) / "part.onnx"

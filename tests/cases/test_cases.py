@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx.parser
 import pytest
+from kernels import skip_without_kernels
 from onnx import TensorProto, helper, numpy_helper
 
 from pi05c.backend.onnxruntime import OnnxRuntimeRunner
@@ -70,6 +71,7 @@ def outputs(model: Model | onnx.ModelProto, folder: Path, **inputs: Array) -> li
         save(model, path)
     else:
         onnx.save(model, path)
+    skip_without_kernels(onnx.load(path))
     return list(OnnxRuntimeRunner(path, threads=1).run(inputs).values())
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
+from kernels import skip_without_kernels
 from onnx import numpy_helper
 
 from pi05c.backend.onnxruntime import OnnxRuntimeRunner
@@ -131,6 +132,7 @@ def outputs_of_each(
         save(model, path)
         if also:
             _expose(path, also)
+        skip_without_kernels(onnx.load(path, load_external_data=False))
         runner = OnnxRuntimeRunner(path, threads=1)
         unfed = {fixed.name for fixed in fixed_inputs(model.metadata) if fixed.is_whole}
         return [
