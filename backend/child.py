@@ -288,7 +288,7 @@ def _write_reproducer(
     script = folder / "reproduce.sh"
     script.write_text(
         "#!/bin/sh\n"
-        f"# Builds {model} again as it failed; the log of the failure is in build.log.\n"
+        "# Builds the graph that request.json names again as it failed; the log of the failure is in build.log.\n"
         'cd "$(dirname "$0")" || exit 1\n'
         f"exec {shlex.join(command)} request.json\n"
     )

@@ -131,7 +131,7 @@ def _element_types(detail: str) -> tuple[str, str]:
 
 def markdown(diff: ModelDiff, *, everything: bool = False) -> str:
     """The diff for a pull request: a table of counts, and the lines of each pass in a fold."""
-    lines = [f"### `{_code(str(diff.a))}` and `{_code(str(diff.b))}`", ""]
+    lines = [f"### `{code(str(diff.a))}` and `{code(str(diff.b))}`", ""]
     if diff.same:
         return "\n".join([*lines, "No difference.", ""])
     lines += ["| pass | differences |", "|---|---|"]
@@ -162,7 +162,8 @@ def fenced(body: list[str], language: str) -> list[str]:
     return [f"{fence}{language}", *body, fence]
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text that a code span of Markdown can hold."""
     return text.replace("`", "'")
 
 

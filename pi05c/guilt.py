@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from pi05c.criterion import Verdict
 from pi05c.cutout import Border, Cutout
 from pi05c.diffing import ModelDiff
-from pi05c.diffview import Line, text_lines
+from pi05c.diffview import Line, code, fenced, text_lines
 from pi05c.graph.errors import Pi05cError, unwritable
 from pi05c.stages import RANGES, SAMPLES
+from pi05c.terminal import printable
 
 BEFORE, AFTER = "before.onnx", "after.onnx"
 PIPELINE, README, LOADER, RECORD = "pipeline.txt", "README.md", "load_inputs.py", "bisect.json"
@@ -218,7 +220,7 @@ def write_readme(folder: Path, guilty: Guilty, pipeline: str, replay: Replay) ->
         Pi05cError: a file cannot be written.
     """
     texts = {
-        README: "\n".join(_readme(folder, guilty, replay)) + "\n",
+        README: "".join(f"{printable(line, layout=False)}\n" for line in _readme(folder, guilty, replay)),
         PIPELINE: f"{pipeline}\n",
         RECORD: json.dumps(_guilty_json(guilty), indent=2, allow_nan=False) + "\n",
     }
@@ -253,50 +255,53 @@ def _values(name):
 
 
 def _readme(folder: Path, guilty: Guilty, replay: Replay) -> Iterator[str]:
-    yield f"# {guilty.title}"
+    yield f"# {_prose(guilty.title)}"
     yield ""
-    yield f"- before: {guilty.before.told}"
-    yield f"- after: {guilty.after.told}"
+    yield f"- before: {_prose(guilty.before.told)}"
+    yield f"- after: {_prose(guilty.after.told)}"
     if guilty.trouble:
-        yield f"- note: {guilty.trouble}"
+        yield f"- note: {_prose(guilty.trouble)}"
     if guilty.diff is not None:
         yield ""
-        yield from _block((line.plain for line in text_lines(guilty.diff)), "diff")
+        yield from fenced([line.plain for line in text_lines(guilty.diff)], "diff")
     yield from ("", "## Files", "", "| file | what it is |", "|---|---|")
     for name, meaning in _FILES.items():
         if (folder / name).exists() or name in (PIPELINE, RECORD):
             yield f"| `{name}` | {meaning} |"
     yield f"| `{replay.start}` | the graph that the pass runs on, as a stage to go on from |"
     yield from ("", "## Make the bad graph again", "", "In this folder:", "")
-    yield from _block([replay.command(guilty)])
+    yield from fenced([replay.command(guilty)], "sh")
     cutout = guilty.cutout
     if cutout is None:
         return
     yield from ("", "## Cut out what differs", "")
     border = cutout.cut.before
     if border.loop is not None:
-        yield f"What differs lies in the body of the Loop `{border.loop}`, where tools do not cut. `*.body.onnx` is that body"
+        yield f"What differs lies in the body of the Loop `{code(border.loop)}`, where tools do not cut. `*.body.onnx` is that body"
         yield "as a graph of its own; inputs are those of the first iteration."
         yield ""
     sources = cutout.extracted_from
-    yield from _block(
+    yield from fenced(
         [
             extract_command(sources[0], cutout.cut.before, cutout.before),
             extract_command(sources[1], cutout.cut.after, cutout.after),
-        ]
+        ],
+        "sh",
     )
     if not cutout.errors:
         return
     yield from ("", "## Run what was cut out", "")
-    yield from _block(
+    yield from fenced(
         [
             "polygraphy run before.min.onnx --onnxrt --data-loader-script load_inputs.py:before --save-outputs before.json",
             "polygraphy run after.min.onnx --onnxrt --data-loader-script load_inputs.py:after --load-outputs before.json",
-        ]
+        ],
+        "sh",
     )
     yield from ("", "| output before | after | relative L2 |", "|---|---|---|")
     for old, new in cutout.cut.outputs:
-        yield f"| `{old}` | `{new}` | {cutout.errors[new].relative_l2:.4g} |"
+        old_cell, new_cell = (code(name).replace("|", "\\|") for name in (old, new))
+        yield f"| `{old_cell}` | `{new_cell}` | {cutout.errors[new].relative_l2:.4g} |"
 
 
 _FILES = {
@@ -313,8 +318,9 @@ _FILES = {
 }
 
 
-def _block(lines: Iterable[str], language: str = "sh") -> list[str]:
-    return [f"```{language}", *lines, "```"]
+def _prose(text: str) -> str:
+    """Text in Markdown whose names are no HTML."""
+    return escape(text, quote=False)
 
 
 __all__ = [

@@ -50,14 +50,16 @@ def read_proto(path: Path | str) -> onnx.ModelProto:
         raise Pi05cError(f"{path} cannot be read as an ONNX model: {error}") from error
     with about(path):
         refuse_malformed(proto)
-    _clear_negative_sizes(proto)
+    _clear_what_says_nothing(proto)
     return proto
 
 
-def _clear_negative_sizes(proto: onnx.ModelProto) -> None:
-    """Some exporters (paddle2onnx) write -1 for a size that may vary; in ONNX such a size is left out."""
+def _clear_what_says_nothing(proto: onnx.ModelProto) -> None:
+    """Leave out types without a kind, and sizes of -1, which some exporters (paddle2onnx) write where a size may vary."""
     for graph in graphs_in(proto.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.WhichOneof("value") is None:
+                value.ClearField("type")
             for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
                 if dim.dim_value < 0:
                     dim.Clear()

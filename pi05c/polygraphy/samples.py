@@ -15,7 +15,7 @@ from pi05c.samples import WAYS_TO_GIVE_SAMPLES, Samples, find_samples, split
 
 _SCRIPT = '''\
 #!/usr/bin/env python3
-"""Samples for `polygraphy run {name} --data-loader-script {script}`."""
+"""Samples for Polygraphy: `--data-loader-script`."""
 
 from pi05c.polygraphy import load_samples
 
@@ -76,7 +76,7 @@ def write_data_loader(
     paths = [str(Path(item).absolute()) if Path(item).exists() else str(item) for item in calibration]
     arguments = [repr(str(model.absolute())), *([repr(paths)] if paths else [])]
     arguments += ["everything=True"] if everything else []
-    text = _SCRIPT.format(name=model.name, script=script.name, arguments=", ".join(arguments))
+    text = _SCRIPT.format(arguments=", ".join(arguments))
     try:
         script.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -18,13 +20,13 @@ import onnx
 import pytest
 from command_line import Command
 from small_folder import write_engine
-from small_policy import policy, write_policy
+from small_policy import policy, wrecking_pass, write_policy, write_samples
 
 from pi05c.graph import npz
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.npz import read_npz
 
-__all__ = ["policy"]
+__all__ = ["policy", "wrecking_pass"]
 
 SHAPE = (1, 8, 32)
 GOOD = np.zeros(SHAPE, np.float32)
@@ -281,6 +283,64 @@ def test_names_are_shown_and_not_obeyed(pi05c: Command, tmp_path: Path) -> None:
         text = page.read_text(encoding="utf-8")
         assert "<script>alert" not in text
         assert "&lt;script&gt;" in text or "\\x1b" in text or page.name == "report.html"
+
+
+def test_names_in_what_bisect_writes(pi05c: Command, wrecking_pass: str, tmp_path: Path) -> None:
+    """Names of nodes and tensors end no code block and no cell, and are no HTML and no command to a terminal."""
+    evil = "\x1b]0;owned\x07`|<script>alert(1)</script>\n```\n# owned; $(touch owned) '\" \\"
+    path = write_policy(tmp_path / "model.onnx")
+    proto = onnx.load(path, load_external_data=False)
+    product = next(node for node in proto.graph.node if node.op_type == "MatMul")
+    renamed = {product.output[0]: f"{evil}t", "x": f"{evil}x"}
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    product.name, proto.graph.input[0].name = evil, renamed["x"]
+    path.write_bytes(proto.SerializeToString())
+    write_samples(tmp_path / "model.calibration.npz")
+    with np.load(tmp_path / "model.calibration.npz") as stored:
+        np.savez(tmp_path / "renamed.npz", **{f"{evil}x": stored["x"]})
+    found = tmp_path / "found"
+    words = ("bisect", path, "--passes", "wreck", "--calibration", tmp_path / "renamed.npz", "-o", found)
+    result = pi05c(*words)
+    assert result.status == 1, result.err
+    text = (found / "README.md").read_text(encoding="utf-8")
+    for shown in (result.out, result.err, text):
+        assert not {character for character in shown if not character.isprintable()} - {"\n", "\t"}
+    outside, fence = [], ""
+    for line in text.splitlines():
+        ticks = line[: len(line) - len(line.lstrip("`"))]
+        if fence:
+            fence = "" if line == fence else fence
+        elif len(ticks) >= 3:
+            fence = ticks
+        else:
+            outside.append(line)
+    assert not fence
+    prose = [re.sub(r"`[^`]*`", "", line) if line.startswith("|") else line for line in outside]
+    assert any("&lt;script&gt;" in line for line in prose)
+    assert not any("<script>" in line or line.startswith("# owned") for line in prose)
+    rows = [line for line in outside if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {3, 4}
+    assert json.loads((found / "bisect.json").read_text())["names"] == [evil]
+
+
+def test_names_in_what_debug_writes(pi05c: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that loads samples holds the path of the model, whatever it is, as a text and not as code."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'a""";open("owned", "w");"""\\'
+    folder.mkdir()
+    path = write_policy(folder / '"""\nopen("owned", "w")\n"""\x1b[31m.onnx')
+    write_samples(path.with_suffix(".calibration.npz"))
+    for words in (("debug", "canonicalize", path), ("data-loader", path, "-o", tmp_path / "loader.py")):
+        result = pi05c(*words)
+        assert result.status == 0, result.err
+        assert "\x1b" not in result.out + result.err
+    assert (tmp_path / "pi05c_samples.py").exists()
+    for script in ("pi05c_samples.py", "loader.py"):
+        loaded = runpy.run_path(str(tmp_path / script))["load_data"]()
+        assert len(loaded)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_plug_ins_load_only_when_they_are_named(policy: Path, tmp_path: Path) -> None:

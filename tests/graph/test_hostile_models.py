@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pi05c.graph.check import invalid
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load, save
+from pi05c.graph.text import canonical_text
 from pi05c.graph.weights import weight_of
 from pi05c.passes import PRESETS
 from pi05c.passes.pipeline import parse, run
@@ -159,6 +160,20 @@ def test_a_file_that_holds_more_is_fine(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(linear(external()).SerializeToString())
     save(load(folder / "model.onnx"), folder / "saved.onnx")
     assert (folder / "saved.onnx").stat().st_size < 1000
+
+
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_type_that_is_of_no_kind_is_none(folder: Path, place: str) -> None:
+    """Found by atheris: onnx-graphsurgeon takes such a type for an opaque one."""
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], [])
+    getattr(proto.graph, place)[0].type.Clear()
+    getattr(proto.graph, place)[0].type.SetInParent()
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    loaded = load(folder / "model.onnx")
+    assert canonical_text(loaded.graph).startswith(
+        "inputs: %x: " + ("?[?]" if place == "input" else "float32")
+    )
+    save(loaded, folder / "saved.onnx")
 
 
 def test_overlapping_ranges(folder: Path) -> None:
