@@ -33,7 +33,7 @@ AHEAD = (
 )
 """What `default` does before it looks at ranges."""
 
-BEHIND = "lower_precision,pin_fp32,quantize_linears{{{options}}},insert_attention_qdq,disable_conv2d_quant,canonicalize"
+BEHIND = "canonicalize,lower_precision,pin_fp32,quantize_linears{{{options}}},insert_attention_qdq,disable_conv2d_quant,canonicalize"
 
 
 def _by_weight(graph: gs.Graph) -> dict[int, list[Linear]]:
