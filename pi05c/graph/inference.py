@@ -120,17 +120,31 @@ def with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     renamed = _part_names(proto.graph)
     lent = _lend_shapes(proto.graph, {})
+    denoted = {value.name for value in _values(proto) if _denotes(value)}
     try:
         with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
             proto = infer_shapes(proto, data_prop=True)
     except onnx.checker.ValidationError as error:  # of its functions
         raise Pi05cError(f"the model is not valid ONNX: {' '.join(str(error).split())}") from error
+    for value in _values(proto) if denoted else ():
+        if value.name not in denoted:  # inference hands on what inputs denote, from size to size
+            for dim in value.type.tensor_type.shape.dim:
+                dim.ClearField("denotation")
     for body, count in zip(_bodies(proto.graph), lent, strict=True):
         del body.initializer[len(body.initializer) - count :]
     for body, old in zip(_bodies(proto.graph), renamed, strict=True):
         if old:
             _rename(body, old)
     return proto
+
+
+def _values(proto: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
+    for graph in graphs_in(proto.graph):
+        yield from (*graph.input, *graph.output, *graph.value_info)
+
+
+def _denotes(value: onnx.ValueInfoProto) -> bool:
+    return any(dim.denotation for dim in value.type.tensor_type.shape.dim)
 
 
 def _part_names(graph: onnx.GraphProto) -> list[dict[str, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from models import run_proto
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import model_from_proto, to_whole_proto
+from pi05c.graph.io import load, model_from_proto, save, to_whole_proto
 from pi05c.graph.text import canonical_text
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
@@ -271,3 +273,24 @@ def test_a_constant_that_holds_less_than_its_shape() -> None:
         Pi05cError, match=r"initializer 'w' of type float32 and shape \[3\] does not hold the values of one"
     ):
         through(model(helper.make_node("Add", ["x", "w"], ["y"]), weights=[weight]))
+
+
+def test_what_the_size_of_an_input_denotes_is_not_handed_on(tmp_path: Path) -> None:
+    """Inference gives it to an output that states no type, and would not the next time, when it states one."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
+    x.type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
+    nodes = [
+        helper.make_node("SequenceConstruct", ["x"], ["several"]),
+        helper.make_node("SequenceAt", ["several", "zero"], ["y"]),
+    ]
+    zero = numpy_helper.from_array(np.array(0), "zero")
+    graph = helper.make_graph(nodes, "g", [x], [onnx.ValueInfoProto(name="y")], [zero])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    paths = [tmp_path / f"{count}.onnx" for count in range(3)]
+    onnx.save(proto, paths[0])
+    for before, after in pairwise(paths):
+        save(load(before), after)
+    assert paths[1].read_bytes() == paths[2].read_bytes()
+    saved = onnx.load(paths[2]).graph
+    assert saved.input[0].type.tensor_type.shape.dim[0].denotation == "DATA_BATCH"
+    assert not saved.output[0].type.tensor_type.shape.dim[0].denotation
