@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test versions fuzz check format docs bench clean
+.PHONY: demo test versions real-graphs fuzz check format docs bench clean
 
 # One stamp for each set of extras: the install runs again when what it depends on changes.
 $(VENV)/bin/python:
@@ -61,6 +61,18 @@ versions: $(VERSIONS:%=.venv-%/.done)
 		.venv-$$version/bin/python -m pytest -n 2 --dist worksteal $(VERSION_TESTS) || exit 1; \
 	done
 
+# Graphs of others (docs/real-graphs.md), which it compiles anew: ten minutes, with packages that only this needs.
+REAL := .venv-real
+
+$(REAL)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,rtx]' \
+		transformers silero-vad magika rapidocr-onnxruntime
+	touch $@
+
+real-graphs: $(REAL)/.done
+	$(REAL)/bin/python benchmarks/real_graphs.py build/real-graphs docs/real-graphs.md
+
 # Twenty times as many generated graphs as in `make test`, other ones each time; then ten minutes of bytes that look for
 # a way through the loader. Atheris has wheels for Python 3.11 and later on Linux.
 fuzz: $(VENV)/.fuzz
@@ -103,4 +115,4 @@ bench: $(VENV)/.demo $(PEERS)/.done
 	$(BIN)/python benchmarks/growth.py -o full/growth.json
 
 clean:
-	rm -rf demo full .venv-peers .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf demo full .venv-peers .venv-oldest .venv-newest .venv-real build dist *.egg-info

@@ -39,6 +39,9 @@ _GIB = 2**30
 _LOG_LINES = 20_000
 _ERRORS_SHOWN = 3
 _WATCH_INTERVAL_S = 0.1
+_INTERNAL = "Internal Error"
+"""TensorRT's name for what is not the graph's fault (`ErrorCode::kINTERNAL_ERROR` of its API)."""
+
 _NOISE = ("--- Begin node", "--- End node", "catchCudaError")
 """Error lines that explain nothing: the frame around a printed node, and what follows from there being no GPU."""
 
@@ -91,6 +94,8 @@ class ChildRun:
         if not errors:
             last = next(iter(self.lines("[!]")[-1:]), next(reversed(self.log), "no output"))
             reasons = f"it ended with exit status {self.returncode} and said last: {last}"
+        if _INTERNAL in reasons:
+            reasons += "; this is a defect of the builder, which another version of it, or other --passes, may not meet"
         return reasons
 
     def _killed(self) -> str:

@@ -1,7 +1,6 @@
 """Compiles graphs that were not made for pi05c, and writes the table of docs/real-graphs.md.
 
-    pip install -c constraints.txt transformers silero-vad magika rapidocr-onnxruntime
-    python benchmarks/real_graphs.py FOLDER docs/real-graphs.md
+    make real-graphs
 
 Architectures of transformers, and a U-Net, are exported with random weights at small size, at opset 21; other graphs
 are those that packages of the registry ship. Samples are seeded and random.
@@ -31,7 +30,7 @@ LIMIT_S = 300
 HEAD = """\
 # Graphs of others
 
-`benchmarks/real_graphs.py` compiles graphs that were not made for pi05c. Architectures are exported with random weights
+`make real-graphs` compiles graphs that were not made for pi05c. Architectures are exported with random weights
 at small size; the other graphs are those that packages ship. A cell holds the worst relative L2 error of the outputs on
 held-back random samples, or why the command ended. The last column is the plan of the last pipeline that went through,
 by TensorRT-RTX for sm120.

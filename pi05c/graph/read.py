@@ -55,13 +55,16 @@ def read_proto(path: Path | str) -> onnx.ModelProto:
 
 
 def _clear_what_says_nothing(proto: onnx.ModelProto) -> None:
-    """Leave out types without a kind, and sizes of -1, which some exporters (paddle2onnx) write where a size may vary."""
+    """Leave out types without a kind, and the -1 and `?` that some exporters (paddle2onnx) write where a size may vary.
+
+    TensorRT takes `?` for a name, and so for one and the same size wherever it stands.
+    """
     for graph in graphs_in(proto.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.WhichOneof("value") is None:
                 value.ClearField("type")
             for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
-                if dim.dim_value < 0:
+                if dim.dim_value < 0 or dim.dim_param == "?":
                     dim.Clear()
 
 

@@ -162,6 +162,19 @@ def test_error_line_is_a_failure_whatever_the_builder_returns(
     assert_untouched(plan)
 
 
+def test_a_defect_of_the_builder_is_called_one(
+    model: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TensorRT-RTX 1.7 says of a graph of silero-vad."""
+    said = "[E] [graphScope.cpp::analyze::471] Error Code 2: Internal Error (Assertion kUNDEFINED failed)"
+    replace_worker(monkeypatch, f"print({said!r}); sys.exit(1)")
+    with pytest.raises(
+        BuildError, match=r"kUNDEFINED failed\); this is a defect of the builder, which another"
+    ):
+        build(model, plan, RTX)
+    assert_untouched(plan)
+
+
 def test_crash_names_the_signal(
     model: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

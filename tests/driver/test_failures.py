@@ -70,6 +70,20 @@ def test_a_graph_that_the_real_builder_refuses(tmp_path: Path, capsys: pytest.Ca
     assert "Det" in again.stdout + again.stderr
 
 
+def test_sizes_that_an_exporter_calls_by_a_question_mark_need_not_be_equal(tmp_path: Path) -> None:
+    """As paddle2onnx writes them; TensorRT-RTX took them for one size of that name."""
+    pytest.importorskip("tensorrt_rtx", reason="building needs the extra [rtx]")
+    shape = ["?", 3, "?", "?"]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "direction", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    words = ("--passes", "none", "--target", "sm120", "--backend", "tensorrt-rtx")
+    shapes = ("--shapes", "x=1x3x8x16:1x3x8x16:1x3x8x16")
+    assert main(tmp_path / "model.onnx", *words, *shapes, "-o", tmp_path / "engine") == 0
+    assert (tmp_path / "engine" / PLAN).is_file()
+
+
 def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Python, and the builder's process, look there first."""
     monkeypatch.syspath_prepend(str(folder))
