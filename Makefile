@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test versions real-graphs fuzz check format docs bench clean
+.PHONY: demo test slow versions real-graphs fuzz check format docs bench clean
 
 # One stamp for each set of extras: the install runs again when what it depends on changes.
 $(VENV)/bin/python:
@@ -27,7 +27,11 @@ demo: $(VENV)/.demo
 
 test: check
 	$(BIN)/pi05c golden check golden
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=40 tests
+
+# More recipes, calibration sets and passes than `make test` has the time for.
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests
 
 # The oldest version of each dependency (constraints-oldest.txt) and the newest, with Python 3.10 and 3.12 where they are
 # on the PATH or pyenv has them, else with $(PYTHON). Without torch, which is large and which only the export needs: tests

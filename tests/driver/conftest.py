@@ -14,10 +14,17 @@ from pi05c.passes import REGISTRY
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep measured ranges out of the user's cache, and each test from what another measured."""
+def _shared_cache(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep measured ranges out of the user's cache; what one test measured serves all."""
+    monkeypatch.setenv("PI05C_CACHE", str(shared_tmp / "cache"))
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache in which nothing is measured yet."""
     folder: Path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("PI05C_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +52,10 @@ def dask_cluster() -> Iterator[Any]:
     """A Dask cluster of two worker processes on this machine."""
     distributed = pytest.importorskip("distributed", reason="needs the extra [dask]")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=":0",
+        env={"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"},  # else idle workers take processor time
     ) as running:
         yield running

@@ -314,6 +314,7 @@ def test_a_signal_ends_the_run_and_leaves_the_old_engine(
 # What is shown
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_the_summary_of_a_compilation(
     pi05c: Command, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,14 @@ def test_fp4_is_refused_where_the_target_has_none(policy: Path, output: Path, pa
 
 
 @pytest.mark.parametrize(
-    "passes", ["nvfp4", "nvfp4,quantize_linears{llm=nvfp4,two_terms=*layers.0.*,rounding=compensated}"]
+    "passes",
+    [
+        "nvfp4",
+        pytest.param(
+            "nvfp4,quantize_linears{llm=nvfp4,two_terms=*layers.0.*,rounding=compensated}",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_nvfp4_builds_and_is_measured(tiny_model: Path, output: Path, tmp_path: Path, passes: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="building needs the extra [rtx]")

@@ -322,7 +322,7 @@ def test_stages_of_two_runs_have_no_passes(diff: Diff, stages: Path, tmp_path: P
     assert json.loads(out)["passes"] == []
 
 
-@pytest.mark.parametrize("passes", ["default", "nvfp4"])
+@pytest.mark.parametrize("passes", [pytest.param("default", marks=pytest.mark.slow), "nvfp4"])
 def test_two_runs_of_one_compile_differ_in_nothing(
     diff: Diff, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str
 ) -> None:

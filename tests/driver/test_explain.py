@@ -62,6 +62,7 @@ def test_nothing_on_the_disk_is_touched(pi05c: Command, policy: Path, tmp_path: 
     assert content() == before
 
 
+@pytest.mark.slow
 def test_what_is_told_is_what_the_pipeline_does(pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
     samples = tiny_model.with_name("model.calibration.npz")
     run = pi05c(tiny_model, "--calibration", samples, "--dump", tmp_path / "stages", "--json")

@@ -67,6 +67,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.onnx"
 
 
+@pytest.mark.slow
 def test_a_split_policy_in_fp8_on_this_cpu(small_model: Path, tmp_path: Path, pi05c: Command) -> None:
     folder = tmp_path / "engine"
     arguments = (

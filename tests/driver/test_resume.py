@@ -207,6 +207,7 @@ def test_of_several_engines_those_that_are_built_are_not_built_again(
     ]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_measured_ranges_are_taken_from_the_cache_and_forgotten_if_asked(
     tiny_model: Path, tmp_path: Path, pi05c: Command
 ) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ SEEDS = (1, 2)
 """Of the samples for calibration."""
 
 
+def slow_unless_preset(passes: str) -> Any:
+    """A parameter of a test: each compile takes a quarter of a minute."""
+    return pytest.param(passes, marks=() if passes in PRESETS else pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def models(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The plain graph for each batch size."""
@@ -88,7 +94,9 @@ def errors(path: Path, batch: int, reference_dir: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("batch", sorted(set(CASES.values())))
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [SEEDS[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:])]
+)
 @pytest.mark.parametrize("preset", REWRITTEN)
 def test_error_of_passes_on_every_case(
     preset: str, seed: int, batch: int, models: dict[int, Path], reference_dir: Path, tmp_path: Path
@@ -124,7 +132,7 @@ def compiled(models: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("batch", sorted(set(CASES.values())))
-@pytest.mark.parametrize("passes", COMPILED)
+@pytest.mark.parametrize("passes", [slow_unless_preset(passes) for passes in COMPILED])
 def test_error_of_what_is_compiled_on_every_case(
     passes: str, batch: int, compiled: Callable[[str, int], Path], reference_dir: Path
 ) -> None:
@@ -132,7 +140,7 @@ def test_error_of_what_is_compiled_on_every_case(
         assert error <= COMPILED[passes], case
 
 
-@pytest.mark.parametrize("passes", BYTES)
+@pytest.mark.parametrize("passes", [slow_unless_preset(passes) for passes in BYTES])
 def test_bytes_of_what_is_compiled(passes: str, compiled: Callable[[str, int], Path]) -> None:
     other, limit = BYTES[passes]
     own, others = (

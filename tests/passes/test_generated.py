@@ -11,7 +11,7 @@ ATTENTION = ("attention", "norm", "mlp", "flow")
 """What a policy is made of, where most passes have something to do."""
 
 
-@examples(300)
+@examples(250)
 @given(generated())
 def test_exact_passes_keep_outputs(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
@@ -23,11 +23,10 @@ def test_exact_passes_keep_outputs_of_policies(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
 
 
-@pytest.mark.parametrize("pipeline", ["exact", "fp16"])
-@examples(250)
+@examples(150)
 @given(generated())
-def test_twice_is_once(pipeline: str, graph: Generated) -> None:
-    properties.twice_is_once(pipeline, graph)
+def test_twice_is_once(graph: Generated) -> None:
+    properties.twice_is_once("exact", graph)
 
 
 @examples(400)
@@ -37,7 +36,7 @@ def test_finders_claim_no_node_twice(graph: Generated) -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["fp16", "default", "nvfp4"])
-@examples(100)
+@examples(60)
 @given(generated())
 def test_pipelines_leave_a_valid_graph(pipeline: str, graph: Generated) -> None:
     properties.is_valid_after(pipeline, graph)
