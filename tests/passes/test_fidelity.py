@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -54,11 +53,6 @@ BYTES = {
 
 SEEDS = (1, 2)
 """Of the samples for calibration."""
-
-
-def slow_unless_preset(passes: str) -> Any:
-    """A parameter of a test: each compile takes a quarter of a minute."""
-    return pytest.param(passes, marks=() if passes in PRESETS else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +126,7 @@ def compiled(models: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("batch", sorted(set(CASES.values())))
-@pytest.mark.parametrize("passes", [slow_unless_preset(passes) for passes in COMPILED])
+@pytest.mark.parametrize("passes", COMPILED)
 def test_error_of_what_is_compiled_on_every_case(
     passes: str, batch: int, compiled: Callable[[str, int], Path], reference_dir: Path
 ) -> None:
@@ -140,7 +134,7 @@ def test_error_of_what_is_compiled_on_every_case(
         assert error <= COMPILED[passes], case
 
 
-@pytest.mark.parametrize("passes", [slow_unless_preset(passes) for passes in BYTES])
+@pytest.mark.parametrize("passes", BYTES)
 def test_bytes_of_what_is_compiled(passes: str, compiled: Callable[[str, int], Path]) -> None:
     other, limit = BYTES[passes]
     own, others = (
