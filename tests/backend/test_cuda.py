@@ -15,16 +15,6 @@ from pi05c.backend.signature import TensorSpec
 from pi05c.graph.errors import Pi05cError
 
 
-@pytest.fixture
-def driver() -> Driver:
-    return Driver()
-
-
-@pytest.fixture
-def device(driver: Driver) -> CudaDevice:
-    return CudaDevice(library=driver)
-
-
 def test_buffers_come_back_as_they_went_in(device: CudaDevice, driver: Driver) -> None:
     value = np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3)
     buffer = device.allocate(TensorSpec("x", value.dtype, (2, 3)))

@@ -49,16 +49,6 @@ def make_engine(**attributes: Any) -> Any:
 
 
 @pytest.fixture
-def driver() -> Driver:
-    return Driver()
-
-
-@pytest.fixture
-def device(driver: Driver) -> CudaDevice:
-    return CudaDevice(library=driver)
-
-
-@pytest.fixture
 def plan(tmp_path: Path) -> Path:
     path = tmp_path / "model.engine"
     path.write_bytes(b"plan")
