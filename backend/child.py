@@ -86,9 +86,9 @@ class ChildRun:
         telling = [line for line in errors if not any(noise in line for noise in _NOISE)] or errors
         reasons = "; ".join(dict.fromkeys(telling[-_ERRORS_SHOWN:]))
         if self.stopped is not None:
-            return self.stopped + (f", in the phase {self.phase!r}" if self.phase else "")
+            return self.stopped + self._where()
         if self.returncode < 0:
-            return self._killed() + (f" after logging: {reasons}" if reasons else "")
+            return self._killed() + self._where() + (f" after logging: {reasons}" if reasons else "")
         if not errors and self.returncode == 0 and self.built is not None:
             return None
         if not errors:
@@ -97,6 +97,9 @@ class ChildRun:
         if _INTERNAL in reasons:
             reasons += "; this is a defect of the builder, which another version of it, or other --passes, may not meet"
         return reasons
+
+    def _where(self) -> str:
+        return f", in the phase {self.phase!r}" if self.phase else ""
 
     def _killed(self) -> str:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,11 @@ def cannot_compile(targets: Sequence[Target], options: InductorOptions) -> str |
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"Inductor needs a C++ compiler, and there is no {compiler} (CXX names another)"
+    if _links_statically(compiler):
+        return (
+            f"{compiler} has the standard C++ library only as libstdc++.a, and a package with its own copy crashes within "
+            "torch (CXX names another compiler)"
+        )
     if options.cpu:
         return None
     present = compute_capabilities()
@@ -87,6 +93,17 @@ def cannot_compile(targets: Sequence[Target], options: InductorOptions) -> str |
         names = ", ".join(target.name for target in targets)
         return f"Inductor compiles for the GPU at hand, which is {here or present[0]}, not {names}"
     return None
+
+
+def _links_statically(compiler: str) -> bool:
+    """Whether a compiler finds libstdc++ to link statically only. It prints the bare name of a file that it lacks."""
+
+    def has(name: str) -> bool:
+        asked = [compiler, f"-print-file-name={name}"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return os.sep in found
+
+    return has("libstdc++.a") and not has("libstdc++.so")
 
 
 def build(

@@ -5,10 +5,10 @@
 #     bash benchmarks/gpu_session.sh OUT           all parts but the last
 #     bash benchmarks/gpu_session.sh OUT PART...   some of them
 #
-# figures: latency and error, gpu.json. tables: by steps and by cameras, gpu_tables.json. packages: the small model as a
-# package, in one and in two parts, and as a graph that torch runs, each compared with float32, packages.json. bench:
-# `pi05c bench` of these, bench.json and bench.html. tests: those that a GPU tells more. passes: the table by pass,
-# gpu_passes.json.
+# figures: latency and error, gpu.json, undisturbed where it is the only part. tables: by steps and by cameras,
+# gpu_tables.json. packages: the small model as a package, in one and in two parts, and as a graph that torch runs, each
+# compared with float32, packages.json. bench: `pi05c bench` of these, bench.json and bench.html. tests: those that a GPU
+# tells more. passes: the table by pass, gpu_passes.json.
 #
 # OUT gets these files and log.txt, whose last line names the parts that failed. SCRATCH is where 25 GB of graphs lie
 # meanwhile; WHEELS a folder of packages to install first, for a machine without a network; PYTHON the interpreter; LIMIT

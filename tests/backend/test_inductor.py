@@ -149,7 +149,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_what_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_this_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "compute_capabilities", lambda: ((9, 0),))
     assert cannot_compile(parse_targets("h100"), InductorOptions()) is None
     assert cannot_compile(parse_targets("sm120"), InductorOptions()) == (
@@ -159,6 +159,15 @@ def test_what_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert "this machine has none" in (cannot_compile(parse_targets("h100"), InductorOptions()) or "")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "there is no no-such-compiler" in (cannot_compile((), CPU) or "")
+    compiler = tmp_path / "static-g++"
+    compiler.write_text(
+        "#!/bin/sh\ncase $1 in *.a) echo /opt/lib/libstdc++.a;; *) echo libstdc++.so;; esac\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "static-g++ has the standard C++ library only as libstdc++.a" in (cannot_compile((), CPU) or "")
+    monkeypatch.delenv("CXX")
+    assert cannot_compile((), CPU) is None
     monkeypatch.setattr(inductor, "is_installed", lambda: False)
     assert "pip install 'pi05c[torch]'" in (cannot_compile((), CPU) or "")
 
