@@ -49,8 +49,9 @@ class Retyper:
         inside = {id(node) for node in nodes}
         dtype = to_numpy(dtype)
         for node in nodes:
-            self._retype_inputs(node, inside, dtype)
             self._retype_outputs(node, inside, dtype)
+        for node in nodes:  # behind a Cast may be an output that has the type only now
+            self._retype_inputs(node, inside, dtype)
 
     def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
         for index, tensor in _entering(node, inside):

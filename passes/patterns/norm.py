@@ -12,7 +12,16 @@ from pi05c.graph.edit import producer
 from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
 from pi05c.passes.patterns.region import Region
-from pi05c.passes.patterns.walk import ROUNDING, consumers, each_node, made_by, origin, scalar, stored_vector
+from pi05c.passes.patterns.walk import (
+    ROUNDING,
+    consumers,
+    each_node,
+    made_by,
+    origin,
+    output_ids,
+    scalar,
+    stored_vector,
+)
 
 _OPERATORS = {
     "LayerNormalization": "LayerNorm",
@@ -74,10 +83,11 @@ class Norm(Region):
 def find_norms(graph: gs.Graph) -> list[Norm]:
     """Every normalization over the last axis, in execution order of their statistics."""
     found = []
+    outputs = output_ids(graph)
     for scope, node in each_node(graph, "ReduceMean", *_OPERATORS):
         if node.op in _OPERATORS:
             found.append(_from_operator(scope, node))
-        elif (match := _from_mean_of_squares(scope, node)) is not None:
+        elif (match := _from_mean_of_squares(scope, node, outputs)) is not None:
             found.append(match)
     return found
 
@@ -98,7 +108,7 @@ def _channels(tensor: gs.Tensor) -> int:
     return int(last) if isinstance(last, (int, np.integer)) else -1
 
 
-def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node) -> Norm | None:
+def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node, outputs: set[int]) -> Norm | None:
     square = producer(mean.inputs[0])
     if square is None:
         return None
@@ -127,7 +137,7 @@ def _from_mean_of_squares(scope: gs.Graph, mean: gs.Node) -> Norm | None:
         if inner is not None and origin(inner.inputs[0]) is origin(centre.inputs[0]):
             nodes[:0] = [inner, centre]
             kind, start = "LayerNorm", origin(centre.inputs[0])
-    output, parts, adaptive = _affine(scaled.outputs[0], nodes)
+    output, parts, adaptive = _affine(scaled.outputs[0], nodes, outputs)
     if kind == "RMSNorm" and adaptive:
         kind = "adaRMS"
     return Norm(scope, tuple(nodes), start, output, kind, parts.get("Mul"), parts.get("Add"))
@@ -162,8 +172,12 @@ def _one_over_root(variance: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor
     return root.outputs[0], False
 
 
-def _affine(tensor: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, dict[str, PerChannel], bool]:
+def _affine(
+    tensor: gs.Tensor, nodes: list[gs.Node], outputs: set[int]
+) -> tuple[gs.Tensor, dict[str, PerChannel], bool]:
     """Take the weight's or scale's Mul and the bias' or shift's Add that follow into `nodes`.
+
+    It ends before what has another reader, as an output has.
 
     Returns:
         The last result, what each operator reads, and whether any of it is no constant.
@@ -176,6 +190,8 @@ def _affine(tensor: gs.Tensor, nodes: list[gs.Node]) -> tuple[gs.Tensor, dict[st
         while len(users) == 1 and users[0].op in ROUNDING:
             casts.append(users[0])
             users = users[0].outputs[0].outputs
+        if any(id(made) in outputs for made in (tensor, *(cast.outputs[0] for cast in casts))):
+            break
         if len(users) != 1 or users[0].op != op or len(users[0].inputs) != 2:
             break
         user = users[0]

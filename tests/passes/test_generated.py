@@ -23,10 +23,11 @@ def test_exact_passes_keep_outputs_of_policies(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
 
 
-@examples(150)
+@pytest.mark.parametrize("pipeline", ["exact", "fp16"])
+@examples(100)
 @given(generated())
-def test_twice_is_once(graph: Generated) -> None:
-    properties.twice_is_once("exact", graph)
+def test_twice_is_once(pipeline: str, graph: Generated) -> None:
+    properties.twice_is_once(pipeline, graph)
 
 
 @examples(400)

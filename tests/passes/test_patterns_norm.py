@@ -238,6 +238,19 @@ def test_second_reader_of_the_unit_ends_the_norm() -> None:
     assert found.output.name == "unit"
 
 
+def test_an_output_ends_the_norm_read_through_a_cast_or_not() -> None:
+    casts = "half = Cast<to = 10>(unit)\n back = Cast<to = 1>(half)"
+    for body in (f"{POWER}\n y = Mul({{}}, weight)", f"{POWER}\n {casts}\n y = Mul({{}}, weight)"):
+        read = "back" if "back" in body else "unit"
+        text = f"""
+        g (float[2,4,{WIDTH}] x) => (float[2,4,{WIDTH}] y, float[2,4,{WIDTH}] unit)
+          <float eps = {{1e-6}}, float two = {{2}}, int64[1] last = {{-1}}> {{
+          {body.format(read)}
+        }}"""
+        (found,) = find_norms(editable(graph_text(text, {"weight": normal(1, WIDTH)})).graph)
+        assert found.output.name == "unit"
+
+
 def test_names_a_norm_by_its_last_node() -> None:
     (found,) = _find(f"{POWER}\n{WEIGHTED}")
     assert found.name == "y.Mul"
