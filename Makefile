@@ -16,7 +16,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[torch,rtx,dask,dev]'
+	$(PIP) -e '.[torch,rtx,dask,lerobot,dev]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -45,17 +45,17 @@ python = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2
 
 .venv-oldest/.done: pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[rtx]' $(TESTING)
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[rtx,lerobot]' $(TESTING)
 	touch $@
 
 .venv-newest/.done: FORCE
 	test -x .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[rtx]' $(TESTING)
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[rtx,lerobot]' $(TESTING)
 	touch $@
 
 TESTING := pytest pytest-xdist hypothesis
 VERSION_TESTS := tests/graph tests/cases tests/backend tests/passes/test_golden.py tests/passes/test_refusals.py \
-	tests/passes/test_pipeline.py $(patsubst %,tests/driver/test_%.py,cli compile failures report polygraphy)
+	tests/passes/test_pipeline.py $(patsubst %,tests/driver/test_%.py,cli compile failures lerobot report polygraphy)
 
 FORCE:
 

@@ -11,13 +11,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi05c.frontend.checkpoint import Checkpoint, file_sha256, read_safetensors
 from pi05c.frontend.config import camera_names, read_json
 from pi05c.graph.errors import Pi05cError
+
+if TYPE_CHECKING:
+    from pi05c.frontend.checkpoint import Checkpoint
 
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """openpi's `IMAGE_KEYS`: its policies stack their cameras in this order."""
@@ -39,6 +41,7 @@ class Robot:
     """What belongs to one robot and its data, as far as the checkpoint's files say.
 
     Attributes:
+        framework: whose policy it is, `openpi` or `lerobot`: they scale images and states differently.
         cameras: names in the order of the views.
         state_dim: numbers in a real state, before padding.
         action_dim: numbers in a real action, before padding.
@@ -48,6 +51,7 @@ class Robot:
         files: SHA-256 of each file this comes from, by its path inside the checkpoint.
     """
 
+    framework: str | None = None
     cameras: tuple[str, ...] = ()
     state_dim: int | None = None
     action_dim: int | None = None
@@ -59,6 +63,16 @@ class Robot:
     def to_json(self) -> str:
         """All fields as one JSON object."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Robot:
+        """What `to_json` wrote, or an earlier version of it did.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        known = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in dict(json.loads(text)).items() if name in known})
 
 
 def read_robot(checkpoint: Checkpoint) -> Robot:
@@ -80,11 +94,12 @@ def _read_openpi(checkpoint: Checkpoint) -> Robot:
     for path in sorted(assets.rglob("norm_stats.json")):
         content = read_json(path)
         asset = path.parent.relative_to(assets).as_posix()
-        statistics[asset] = _vectors(content.get("norm_stats", content), path)
+        statistics[asset] = statistics_of(content.get("norm_stats", content), path)
         files.add(path)
     files.add(checkpoint.folder / "config.json")
     views = checkpoint.config.views
     return Robot(
+        framework="openpi",
         cameras=OPENPI_CAMERAS[:views] if views <= len(OPENPI_CAMERAS) else (),
         state_dim=_length(statistics, "state"),
         action_dim=_length(statistics, "actions"),
@@ -119,8 +134,9 @@ def _read_lerobot(checkpoint: Checkpoint) -> Robot:
     for path in (folder / name for name in _LEROBOT_STATISTICS):
         if not merged and path.is_file():
             files.add(path)
-            merged = _vectors(read_json(path), path)
+            merged = statistics_of(read_json(path), path)
     return Robot(
+        framework="lerobot",
         cameras=tuple(camera_names(fields)),
         state_dim=_feature(fields, "input_features", "observation.state")
         or _length({"policy": merged}, "state"),
@@ -144,12 +160,16 @@ class _Files:
         self.hashes: dict[str, str] = {}
 
     def add(self, path: Path) -> None:
+        from pi05c.frontend.checkpoint import file_sha256
+
         if path.is_file():
             self.hashes[path.relative_to(self.folder).as_posix()] = file_sha256(path)
 
 
 def _state_file(path: Path) -> Iterator[tuple[str, str, list[float]]]:
     """Vector, statistic and numbers of each tensor in the state of a normalizer step (`action.q01`, ...)."""
+    from pi05c.frontend.checkpoint import read_safetensors
+
     if not path.is_file():
         raise Pi05cError(f"{path} is missing: the checkpoint's processor takes its statistics from it")
     for name, weight in read_safetensors([path]).items():
@@ -163,7 +183,7 @@ def _merge(into: dict[str, dict[str, list[float]]], entries: Iterator[tuple[str,
         into.setdefault(vector, {})[statistic] = numbers
 
 
-def _vectors(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, list[float]]]:
+def statistics_of(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, list[float]]]:
     """Statistics of states and actions from a JSON object {feature: {statistic: numbers}}."""
     try:
         return {
@@ -192,4 +212,4 @@ def _feature(fields: Mapping[str, Any], group: str, name: str) -> int | None:
     return int(shape[0]) if shape else None
 
 
-__all__ = ["OPENPI_CAMERAS", "Robot", "read_robot"]
+__all__ = ["OPENPI_CAMERAS", "Robot", "read_robot", "statistics_of"]

@@ -38,6 +38,9 @@ RANDOM_WEIGHTS = "random"
 ITERATOR = "an iterator"
 """What samples are said to come from that were given one by one."""
 
+LEROBOT_INFO = "meta/info.json"
+"""The file by which the folder of a LeRobot dataset is known."""
+
 SIDECAR_SUFFIX = ".calibration.npz"
 """What the name of the samples beside a model ends with, in place of the model's own suffix."""
 
@@ -234,6 +237,7 @@ def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
     """What was given as `find_samples` takes it; samples that came one by one lie on the disk for the time of the block.
 
     Args:
+        calibration: where it has an attribute `source`, that says where the samples come from.
         folder: gets a folder for them; one is held in memory at a time.
 
     Raises:
@@ -253,7 +257,7 @@ def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
     except OSError as error:
         raise Pi05cError(f"{folder} cannot be written: {unwritable(error)}") from error
     with kept as name:
-        place = Path(name) / ITERATOR
+        place = Path(name) / (Path(str(getattr(calibration, "source", ITERATOR))).name or ITERATOR)
         place.mkdir()
         for index, sample in enumerate(itertools.chain([first], items)):
             if not isinstance(sample, Mapping):
@@ -308,7 +312,17 @@ def save_samples(path: Path, samples: Sequence[Mapping[str, Array]], *, syntheti
         partial.unlink(missing_ok=True)
 
 
+def is_lerobot_dataset(path: Path) -> bool:
+    """Whether a folder is a LeRobot dataset, of whatever format."""
+    return (path / LEROBOT_INFO).is_file()
+
+
 def _files(path: Path) -> list[Path]:
+    if is_lerobot_dataset(path):
+        raise Pi05cError(
+            f"{path} is a LeRobot dataset: make samples of it with `pi05c samples MODEL.onnx {path} --tokenizer FILE -o "
+            "FILE.npz`"
+        )
     if path.is_dir():
         files = sorted(path.glob("*.npz"))
         if not files:
@@ -423,6 +437,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 __all__ = [
+    "LEROBOT_INFO",
     "SYNTHETIC",
     "WAYS_TO_GIVE_SAMPLES",
     "Given",
@@ -430,6 +445,7 @@ __all__ = [
     "find_samples",
     "fixed_specs",
     "input_specs",
+    "is_lerobot_dataset",
     "load_samples",
     "on_disk",
     "save_samples",

@@ -13,6 +13,7 @@ from pi05c.cli.main import main
 _COMMANDS = (
     "compile",
     "export",
+    "samples",
     "extract",
     "verify",
     "inspect",

@@ -120,7 +120,7 @@ Plugin = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="Samples: FILE.npz, a folder of them, or `synthetic` for made-up ones beside the model."
+        help="Samples: FILE.npz, a folder of them, or `synthetic` for made-up ones beside the model; for compile also a LeRobot dataset."
     ),
 ]
 CalibrationMethod = Annotated[

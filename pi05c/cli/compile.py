@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -36,6 +37,7 @@ from pi05c.cli.output import (
     print_json,
     show_precision,
 )
+from pi05c.cli.samples import Camera, Frames, FromDataset, Preprocess, Tokenizer, given_samples
 from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ def compile_command(
     split: Split = None,
     calibration: Calibration = None,
     calibration_method: CalibrationMethod = "max",
+    tokenizer: Tokenizer = None,
+    camera: Camera = None,
+    frames: Frames = None,
+    preprocess: Preprocess = None,
     jobs: Jobs = None,
     dask: Dask = None,
     target: Target = None,
@@ -133,6 +139,7 @@ def compile_command(
     from pi05c.compilation import compile
     from pi05c.executors import executor_for
     from pi05c.passrun import RunOptions
+    from pi05c.samples import on_disk
 
     options = RunOptions(
         plugins=tuple(plugin or ()),
@@ -144,18 +151,21 @@ def compile_command(
         verify_each=None if verify_each is None else _CHECKS[verify_each],
     )
     progress = make_progress(quiet, verbose)
+    dataset = FromDataset(tokenizer, camera, frames, preprocess)
+    given = given_samples(model, calibration or (), dataset, progress)
     if output is None:
         if split is not None or (dump is None and print_after is None and verify_each is None):
             raise UsageError(
                 "give '--output' (-o), the engine folder, or look at the passes alone with --dump, --print-after or "
                 "--verify-each (of a part: pi05c extract it first)"
             )
-        with executor_for(jobs=jobs, dask=dask) as executor:
+        scratch = Path(tempfile.gettempdir())
+        with executor_for(jobs=jobs, dask=dask) as executor, on_disk(given, scratch) as found:
             _run_passes(
                 model,
                 passes,
                 options,
-                calibration or (),
+                found,
                 calibration_method,
                 target,
                 progress,
@@ -170,7 +180,7 @@ def compile_command(
             output,
             passes=passes,
             split=split,
-            calibration=calibration or (),
+            calibration=given,
             calibration_method=calibration_method,
             target=target,
             backend=backend,
@@ -236,7 +246,7 @@ def _run_passes(
     model: Path,
     passes: str | None,
     options: RunOptions,
-    calibration: Sequence[str],
+    calibration: Sequence[str | Path],
     calibration_method: str,
     target: str | None,
     progress: Progress,

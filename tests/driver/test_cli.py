@@ -132,10 +132,12 @@ def test_help_and_version(pi05c: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["compile", "--help"], ["export", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["compile", "--help"], ["export", "--help"], ["samples", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "numpy", "jinja2"}
+    heavy |= {"av", "PIL", "pyarrow", "sentencepiece", "tokenizers"}
     script = (
         "import sys; from pi05c.cli import main; status = main(sys.argv[1:]); "
         f"sys.exit(status or ' '.join(sorted({heavy!r} & set(sys.modules))) or 0)"

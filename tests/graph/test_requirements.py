@@ -124,7 +124,8 @@ def test_a_tree_that_is_not_installed_is_not_held_to_bounds(monkeypatch: pytest.
 
 def test_make_versions_runs_the_oldest_versions_that_are_supported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    stated = [*project["dependencies"], *project["optional-dependencies"]["rtx"]]
+    extras = project["optional-dependencies"]
+    stated = [*project["dependencies"], *extras["rtx"], *extras["lerobot"]]
     bounds = {
         requirement.name: each.version
         for requirement in map(Requirement, stated)
