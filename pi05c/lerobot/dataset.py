@@ -69,7 +69,6 @@ class LeRobotDataset:
     Attributes:
         folder: where it lies.
         cameras: names of its features that are colour images or videos.
-        statistics: those of the state, by name (`q01`, `q99`, ...).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,7 +117,7 @@ class LeRobotDataset:
 
     @property
     def statistics(self) -> Mapping[str, Sequence[float]]:
-        """Statistics of the state.
+        """Those of the state, by name (`q01`, `q99`, ...).
 
         Raises:
             Pi05cError: there are none.
@@ -138,7 +137,7 @@ class LeRobotDataset:
             cameras: whose images are wanted.
 
         Raises:
-            Pi05cError: a file is missing or broken, or the frame has no task.
+            Pi05cError: a file is missing or broken, or the frame has no task or holds NaN or infinity.
         """
         number = bisect_right(self._ends, place)
         episode = self._episodes[number]
@@ -158,13 +157,18 @@ class LeRobotDataset:
                 f"frame {index} of {self.folder} is of task {row['task_index']}, which {_TASKS} lacks: fetch the dataset "
                 "again, or record it with tasks"
             )
+        state = np.atleast_1d(np.asarray(row[_STATE], np.float32))
+        if not np.isfinite(state).all():
+            raise Pi05cError(
+                f"the state of frame {index} of {self.folder} holds NaN or infinity: take its episode out of the dataset"
+            )
         images = {
             camera: _image(row[camera], f"image {camera!r} of frame {index} in {path}") for camera in stored
         }
         for camera in cameras:
             if camera in self._videos:
                 images[camera] = self._video_image(episode, camera, row["timestamp"])
-        return Frame(index, task, np.atleast_1d(np.asarray(row[_STATE], np.float32)), images)
+        return Frame(index, task, state, images)
 
     def _video_image(self, episode: _Episode, camera: str, seconds: float) -> Array:
         path = self._path(self._video_path, episode, f"videos/{camera}", video_key=camera)
@@ -280,10 +284,8 @@ def _video_frame(path: Path, seconds: float, tolerance: float) -> Array:
     nearest: tuple[float, Any] | None = None
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            assert stream.time_base is not None
-            container.seek(max(0, round(seconds / stream.time_base) - 1), stream=stream)
-            for frame in container.decode(stream):
+            container.seek(max(0, int(seconds * av.time_base) - 1))
+            for frame in container.decode(video=0):
                 if frame.time is None:
                     continue
                 if nearest is None or abs(frame.time - seconds) < abs(nearest[0] - seconds):

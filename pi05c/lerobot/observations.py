@@ -17,7 +17,7 @@ from pi05c.graph.runner import Array
 from pi05c.lerobot.dataset import CAMERA_PREFIX, Frame, LeRobotDataset
 from pi05c.lerobot.images import FRAMEWORKS, image_input
 from pi05c.lerobot.prompt import load_tokenizer, padded, prompt_state, prompt_tokens
-from pi05c.samples import HELD_BACK_FRACTION, fixed_specs, input_specs
+from pi05c.samples import HELD_BACK_FRACTION, RANDOM_WEIGHTS, WEIGHTS_KEY, fixed_specs, input_specs
 
 FRAMES = 32
 """So many samples are made of a dataset where no number is given."""
@@ -68,7 +68,7 @@ class Observations:
         self._specs = _specs(self._model)
         self._tokenizer = load_tokenizer(Path(tokenizer))
         self._robot = _robot(self._model)
-        self._framework = preprocess or self._robot.framework or "lerobot"
+        self._framework = preprocess or self._robot.framework or _without_framework(self._model)
         if self._framework not in FRAMEWORKS:
             raise UsageError(f"--preprocess {self._framework} is unknown: give {', '.join(FRAMEWORKS)}")
         self._vocabulary = _vocabulary(self._model)
@@ -213,6 +213,16 @@ def _robot(model: Model) -> Robot:
         raise Pi05cError(
             f"the entry {ROBOT_KEY!r} of {model.path} is broken: export the model again"
         ) from error
+
+
+def _without_framework(model: Model) -> str:
+    """Whose preprocessing a graph gets that names none: LeRobot's, as the dataset is, unless a checkpoint had its own."""
+    if model.metadata.get(WEIGHTS_KEY, RANDOM_WEIGHTS) != RANDOM_WEIGHTS:
+        raise UsageError(
+            f"{model.path} does not say whose checkpoint it was made of: export it again, or give --preprocess openpi or "
+            "lerobot"
+        )
+    return "lerobot"
 
 
 def _vocabulary(model: Model) -> int | None:

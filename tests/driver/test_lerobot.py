@@ -37,7 +37,7 @@ from pi05c.graph.errors import Pi05cError, UsageError  # noqa: E402
 from pi05c.graph.runner import Array  # noqa: E402
 from pi05c.lerobot.observations import Observations  # noqa: E402
 from pi05c.manifest import read_manifest  # noqa: E402
-from pi05c.samples import find_samples, load_samples, split  # noqa: E402
+from pi05c.samples import WEIGHTS_KEY, find_samples, load_samples, split  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "lerobot"
@@ -435,6 +435,10 @@ def _late(folder: Path) -> None:
     edit_table(folder / EPISODES_FILE, lambda rows: rows[1].update({f"videos/{TOP}/from_timestamp": 100.0}))
 
 
+def _nan(folder: Path) -> None:
+    edit_table(folder / DATA_FILE, lambda rows: rows[0].update({STATE: [0.0, float("nan"), 0.0, 0.0, 0.0]}))
+
+
 def _no_column(folder: Path) -> None:
     table = parquet.read_table(folder / DATA_FILE)
     parquet.write_table(table.drop_columns(["task_index"]), folder / DATA_FILE)
@@ -459,6 +463,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no episode": (_no_episode, "lists no episode with frames"),
     "no episodes": (_without(EPISODES_FILE), "lists no episode with frames"),
     "other frames": (_other_frames, r"holds frame 4 0 times, where meta/episodes says once"),
+    "NaN": (_nan, r"the state of frame 0 of .* holds NaN or infinity"),
     "no column": (_no_column, "lacks the column 'task_index' of LeRobot's format v3"),
     "no data": (_without(DATA_FILE), r"file-000.parquet is missing"),
     "cut data": (_cut(DATA_FILE), r"file-000.parquet cannot be read as Parquet \(.*\): fetch it again"),
@@ -543,6 +548,20 @@ def test_tokens_that_the_model_does_not_know_are_refused(graph: Path) -> None:
     onnx.save(model, graph)
     with pytest.raises(Pi05cError, match=r"has the token 3\d\d, but the model knows 300: give the tokenizer"):
         made(graph)
+
+
+def test_a_checkpoint_of_unknown_kind_needs_the_rules_named(tmp_path: Path) -> None:
+    """What was exported before the framework was recorded."""
+    graph = write_graph(tmp_path / "model.onnx", Robot(cameras=VIEWS))
+    model = onnx.load(graph)
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**entries, WEIGHTS_KEY: "checkpoint"})
+    onnx.save(model, graph)
+    with pytest.raises(
+        UsageError, match=r"does not say whose checkpoint .* give --preprocess openpi or lerobot"
+    ):
+        made(graph)
+    assert len(made(graph, preprocess="openpi")) == FRAMES
 
 
 def test_graphs_with_other_inputs_are_refused(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def lerobot(tmp_path: Path) -> Path:
 
 def test_openpi_assets(openpi: Path) -> None:
     robot = read_robot(open_checkpoint(openpi, CONFIGS["pi05_tiny"]))
+    assert robot.framework == "openpi"
     assert robot.cameras == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     assert (robot.state_dim, robot.action_dim) == (8, 7)
     assert robot.normalization == {"state": "quantiles", "actions": "quantiles"}
@@ -80,6 +81,7 @@ def test_openpi_assets(openpi: Path) -> None:
 def test_lerobot_processors(lerobot: Path) -> None:
     checkpoint = open_checkpoint(lerobot)
     robot = read_robot(checkpoint)
+    assert robot.framework == "lerobot"
     assert robot.cameras == ("top", "wrist", "empty_camera_0")
     assert checkpoint.config.views == 3
     assert (robot.state_dim, robot.action_dim) == (8, 7)
@@ -128,4 +130,7 @@ def test_damaged_statistics_are_named(openpi: Path) -> None:
 
 
 def test_json_round_trip() -> None:
-    assert json.loads(Robot(cameras=("a",)).to_json())["cameras"] == ["a"]
+    robot = Robot(framework="openpi", cameras=("a",), state_in_prompt=True)
+    assert json.loads(robot.to_json())["cameras"] == ["a"]
+    assert Robot.from_json(robot.to_json()).to_json() == robot.to_json()
+    assert Robot.from_json('{"state_dim": 3, "of_later": 1}') == Robot(state_dim=3)
