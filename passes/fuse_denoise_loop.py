@@ -6,7 +6,6 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.clone import collection_paused
 from pi05c.graph.errors import UsageError
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.loop_edit import drop_unchanged, make_names_unique
@@ -69,8 +68,7 @@ def _fuse(graph: gs.Graph, loop: StaticLoop, ctx: PassContext, *, unrolled: bool
     if plan.obstacle:
         ctx.note(f"what depends on the step in {form.node.name!r} stays computed: {plan.obstacle}")
     if unrolled:
-        with collection_paused():
-            unroll(loop, plan, editor)
+        unroll(loop, plan, editor)
     elif is_indexed(loop, plan):
         ctx.skip(form.node, "it reads all that depends on the step alone from tables")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from pi05c.graph.check import problems, refuse_invalid
+from pi05c.graph.clone import collection_paused
 from pi05c.graph.edit import Names, remove_dead
 from pi05c.graph.errors import Pi05cError, UsageError
 from pi05c.graph.io import Model
@@ -174,37 +174,25 @@ def run(
         InvalidGraphError: a pass left a graph that is not valid. What is wrong with it already is blamed on no pass.
         Pi05cError: the graph is not valid as it is given.
     """
-    if steps:
-        refuse_invalid(model)
     results: list[StepResult] = []
-    known = set(problems(model)) if steps else set()
     ranges: Ranges | None = None
     asked = False
-    for index, step in enumerate(steps):
-        if before_step is not None:
-            before_step(step)
-        if step.spec.ranges is not None and not asked:
-            asked = True
-            needed = wanted(model, steps[index:])
-            asked_for = needed.tensors or needed.rows
-            ranges = calibrate(model, needed) if calibrate is not None and asked_for else None
-        with _without_collection():
+    with collection_paused() as collecting:
+        known = set(refuse_invalid(model)) if steps else set()
+        for index, step in enumerate(steps):
+            if before_step is not None:
+                before_step(step)
+            if step.spec.ranges is not None and not asked:
+                asked = True
+                needed = wanted(model, steps[index:])
+                if calibrate is not None and (needed.tensors or needed.rows):
+                    with collecting():
+                        ranges = calibrate(model, needed)
             results.append(_run_step(model, step, ranges, dry, known))
-        if after_step is not None:
-            after_step(model, results[-1])
+            if after_step is not None:
+                with collecting():
+                    after_step(model, results[-1])
     return results
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keep Python from looking for cycles: a graph is one large one that is in use, walked again and again as it grows."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _run_step(model: Model, step: Step, ranges: Ranges | None, dry: bool, known: set[str]) -> StepResult:

@@ -28,29 +28,27 @@ _FOLLOWERS = {
 def problems(model: Model) -> list[str]:
     """What is wrong with a model, each in one sentence that names the node or tensor; empty where nothing is.
 
-    `invalid`, and what onnx's checker misses: duplicate node names, scales that are not positive, an output that is
-    declared with another type than it has. Weights are not read.
+    What onnx's checker says with full type inference, and what it misses: bodies that take or give another number of
+    tensors than their node, duplicate node names, scales that are not positive, an output that is declared with another
+    type than it has. Weights are not read.
     """
     reason, declared = _checked(model)
     found = [*_bad_bodies(model.graph), *repeated_names(model.graph), *_bad_scales(model.graph)]
     return [*found, *(declared if reason is None else [reason])]
 
 
-def invalid(model: Model) -> str | None:
-    """Why a model is not valid ONNX, by onnx's checker with full type inference, and by what it misses: bodies that take
-    or give another number of tensors than their node; None if it is."""
-    return next(iter(_bad_bodies(model.graph)), None) or _checked(model)[0]
-
-
-def refuse_invalid(model: Model) -> None:
-    """Refuse a model that is not valid ONNX.
+def refuse_invalid(model: Model) -> list[str]:
+    """Refuse a model that is not valid ONNX, by onnx's checker and by its bodies; of one that is, give the `problems`.
 
     Raises:
-        Pi05cError: with what onnx says of it.
+        Pi05cError: with what is not valid.
     """
-    if (reason := invalid(model)) is not None:
+    bodies = _bad_bodies(model.graph)
+    reason, declared = (bodies[0], []) if bodies else _checked(model)
+    if reason is not None:
         where = "the graph" if model.path is None else str(model.path)
         raise Pi05cError(f"{where} is not valid ONNX: {reason}")
+    return [*repeated_names(model.graph), *_bad_scales(model.graph), *declared]
 
 
 def _checked(model: Model) -> tuple[str | None, list[str]]:
@@ -61,8 +59,9 @@ def _checked(model: Model) -> tuple[str | None, list[str]]:
     if not proto.graph.name:
         proto.graph.name = "graph"  # the checker asks for one, and nothing else does
     try:
-        onnx.checker.check_model(proto, full_check=False)
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        serialized = proto.SerializeToString()
+        onnx.checker.check_model(serialized, full_check=False)
+        inferred = onnx.shape_inference.infer_shapes(serialized, check_type=True, strict_mode=True)
     except (
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator
 
@@ -240,6 +241,38 @@ def test_callbacks_see_each_step() -> None:
         after_step=after,
     )
     assert order == ["before canonicalize", "after canonicalize: 3", "before dedupe", "after dedupe: 3"]
+
+
+@pytest.fixture
+def collecting_pass() -> Iterator[tuple[Step, list[bool]]]:
+    """A pass that breaks down, and whether garbage was collected in it."""
+    found: list[bool] = []
+
+    @graph_pass(exact=True)
+    def breaks_down(graph: gs.Graph, ctx: PassContext) -> None:
+        """Raise."""
+        found.append(gc.isenabled())
+        raise Pi05cError("it breaks down")
+
+    yield Step(REGISTRY["breaks_down"]), found
+    del REGISTRY["breaks_down"]
+
+
+def test_garbage_is_collected_between_passes_and_not_in_them(
+    collecting_pass: tuple[Step, list[bool]],
+) -> None:
+    """In a pass it would walk the whole graph again and again; between them a user's code may run for long."""
+    step, found = collecting_pass
+    assert gc.isenabled()
+    with pytest.raises(Pi05cError, match="it breaks down"):
+        run(
+            _linears(),
+            [*parse("canonicalize", PRESETS), step],
+            after_step=lambda model, result: found.append(gc.isenabled()),
+        )
+    assert found == [True, False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.fixture
