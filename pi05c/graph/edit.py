@@ -37,7 +37,8 @@ class Names:
             self._used.update(tensor.name for tensor in (*scope.inputs, *scope.outputs))
             for node in scope.nodes:
                 self._used.add(node.name)
-                self._used.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+                for tensors in (node.inputs, node.outputs):
+                    self._used.update([tensor.name for tensor in tensors])
 
     def unique(self, wanted: str) -> str:
         """`wanted` if it is free, else `wanted_1`, `wanted_2`, ...; the result counts as used from now on."""
@@ -78,7 +79,7 @@ class Editor:
         node = gs.Node(
             op,
             self.names.unique(f"{name}.{op}"),
-            attrs=attrs,
+            attrs=attrs or {},
             inputs=list(inputs),
             outputs=[output],
             domain=domain,
@@ -175,7 +176,7 @@ def remove_dead(graph: gs.Graph) -> int:
         for node in reversed(scope.nodes):
             if any(id(tensor) in kept or tensor.outputs for tensor in node.outputs):
                 alive.append(node)
-                kept.update(id(tensor) for tensor in captured_by(node))
+                kept.update(map(id, captured_by(node)))
             else:
                 detach(node)
                 removed += 1

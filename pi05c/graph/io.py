@@ -409,6 +409,9 @@ def _store_shared_constants_once(graph: gs.Graph, proto: onnx.GraphProto) -> Non
 
     Left so, it would come back as several initializers. A name that several tensors have stays where it is.
     """
+    _, *bodies = scopes(graph)
+    if not bodies:
+        return
     owners: dict[str, set[int]] = {}
     readers: dict[int, int] = {}
     constants: dict[int, gs.Constant] = {}

@@ -14,7 +14,9 @@ def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
     """The graph and every subgraph inside it, outer before inner."""
     yield graph
     for node in graph.nodes:
-        yield from scopes_of(node)
+        for value in node.attrs.values():  # `scopes_of` would make a generator for each node
+            if isinstance(value, gs.Graph):
+                yield from scopes(value)
 
 
 def scopes_of(node: gs.Node) -> Iterator[gs.Graph]:

@@ -13,7 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.scopes import scopes, scopes_of
+from pi05c.graph.scopes import scopes
 from pi05c.graph.walk import bodies_of
 
 _Node = TypeVar("_Node")
@@ -68,7 +68,7 @@ def _sort_nodes(graph: gs.Graph) -> None:
     order = _order(
         graph.nodes,
         lambda node: [tensor.name for tensor in node.outputs],
-        lambda node: [tensor.name for tensor in (*node.inputs, *captured_by(node))],
+        lambda node: [tensor.name for tensor in node.inputs + captured_by(node)],
         lambda node: node.name,
     )
     graph.nodes = [graph.nodes[index] for index in order]
@@ -76,11 +76,12 @@ def _sort_nodes(graph: gs.Graph) -> None:
 
 def captured_by(node: gs.Node) -> list[gs.Tensor]:
     """Tensors that the subgraphs of a node read, whichever scope they come from."""
-    return [
-        tensor
-        for subgraph in scopes_of(node)
-        for tensor in (*(t for inner in subgraph.nodes for t in inner.inputs), *subgraph.outputs)
-    ]
+    found: list[gs.Tensor] = []
+    for value in node.attrs.values():
+        for subgraph in scopes(value) if isinstance(value, gs.Graph) else ():
+            found.extend(tensor for inner in subgraph.nodes for tensor in inner.inputs)
+            found.extend(subgraph.outputs)
+    return found
 
 
 def _captured(node: onnx.NodeProto) -> Iterable[str]:
@@ -106,20 +107,19 @@ def _order(
         stack = [root]
         while stack:
             index = stack[-1]
-            if entered[index]:
-                stack.pop()
-                if not emitted[index]:
-                    emitted[index] = 1
-                    order.append(index)
-                continue
-            entered[index] = 1
-            for needed in reversed(
-                [producer[tensor] for tensor in inputs(nodes[index]) if tensor in producer]
-            ):
-                if entered[needed] and not emitted[needed]:
-                    raise Pi05cError(
-                        f"the graph has a cycle through node {name(nodes[index])!r}: it cannot be ordered"
-                    )
-                if not emitted[needed]:
-                    stack.append(needed)
+            if not entered[index]:
+                entered[index] = 1
+                needed = map(producer.get, inputs(nodes[index]))
+                later = [other for other in needed if other is not None and not emitted[other]]
+                if later:
+                    if any(entered[other] for other in later):
+                        raise Pi05cError(
+                            f"the graph has a cycle through node {name(nodes[index])!r}: it cannot be ordered"
+                        )
+                    stack.extend(reversed(later))
+                    continue
+            stack.pop()
+            if not emitted[index]:
+                emitted[index] = 1
+                order.append(index)
     return order
