@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -12,6 +13,8 @@ from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.dtypes import FLOAT32, is_float, to_numpy, to_onnx
 from pi05c.graph.edit import Editor, Names, producer, replace_input
 from pi05c.graph.io import scopes
+from pi05c.graph.weights import array_of, weight_of
+from pi05c.passes.patterns.loop_form import LoopForm
 
 FIXED_INPUTS = {"Resize": {1, 2, 3}, "Loop": {0, 1}, "If": {0}, "Range": {0, 1, 2}}
 """Inputs whose type an operator fixes whatever its data's type is (operator specifications)."""
@@ -38,20 +41,75 @@ class Retyper:
                 for tensor in node.outputs:
                     self._scope_of[id(tensor)] = scope
 
-    def run_in(self, nodes: Iterable[gs.Node], dtype: Any) -> None:
+    def run_in(
+        self,
+        nodes: Iterable[gs.Node],
+        dtype: Any,
+        loops: Iterable[LoopForm] = (),
+        steps: Collection[int] = (),
+    ) -> None:
         """Make `nodes` compute in `dtype`.
 
         A float input from outside is cast at the border, or taken from before a Cast that stands there: a constant
         is always read as it is stored. A float output keeps its type for readers outside by a Cast. A Cast of
         `nodes` that none of them reads stands at the border already, and stays.
+
+        Args:
+            loops: those that hand on in `dtype`, from one step to the next, what `steps` compute.
+            steps: ids of some of `nodes`.
         """
         nodes = _without_borders(nodes)
         inside = {id(node) for node in nodes}
         dtype = to_numpy(dtype)
         for node in nodes:
             self._retype_outputs(node, inside, dtype)
-        for node in nodes:  # behind a Cast may be an output that has the type only now
+        for form in loops:
+            for index, node in self.narrowed(form, dtype).items():
+                if id(node) in steps:
+                    self._carry(form, index, dtype)
+        for node in nodes:  # behind a Cast may be what has the type only now
             self._retype_inputs(node, inside, dtype)
+
+    def narrowed(self, form: LoopForm, dtype: Any) -> dict[int, gs.Node]:
+        """Which values a loop computes in `dtype` and rounds to another float type only to hand them on.
+
+        Returns:
+            By the place among the carried values, the node that computes it.
+        """
+        found = {}
+        for index, (entering, leaving) in enumerate((c.entering, c.leaving) for c in form.carried):
+            cast = producer(leaving)
+            if cast is None or cast.op != "Cast" or not is_float(entering.dtype):
+                continue
+            made = producer(cast.inputs[0])
+            if made is None or to_numpy(cast.inputs[0].dtype) != dtype or to_numpy(entering.dtype) == dtype:
+                continue
+            if id(cast.inputs[0]) not in self._outputs and id(entering) not in self._outputs:
+                found[index] = made
+        return found
+
+    def _carry(self, form: LoopForm, index: int, dtype: Any) -> None:
+        """Hand a value that `narrowed` names from step to step in `dtype`."""
+        node, carried = form.node, form.carried[index]
+        counted = node.op == "Loop"
+        cast = producer(carried.leaving)
+        assert cast is not None
+        form.body.outputs[index + counted] = cast.inputs[0]
+        self._outputs.add(id(cast.inputs[0]))
+        self._retype(carried.entering, set(), dtype)
+        start = index + 2 * counted
+        node.inputs[start] = self._in_type(carried.initial, dtype, form.scope)
+        if carried.result.name and id(carried.result) in self._outputs:
+            self._keep_output(node, index, carried.result, set(), dtype)
+        else:
+            self._retype(carried.result, set(), dtype)
+
+    def _in_type(self, tensor: gs.Tensor, dtype: Any, scope: gs.Graph) -> gs.Tensor:
+        """`tensor` as `dtype`: a number as a constant, as which it is known at compile time, else by a Cast."""
+        if isinstance(tensor, gs.Constant) and math.prod(weight_of(tensor).shape) == 1:
+            name = f"{tensor.name}.{dtype.name}"
+            return self._editors[id(scope)].constant(name, array_of(tensor).astype(dtype))
+        return self._cast(tensor, dtype, self._scope_of.get(id(tensor), scope))
 
     def _retype_inputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
         for index, tensor in _entering(node, inside):
@@ -64,25 +122,28 @@ class Retyper:
 
     def _retype_outputs(self, node: gs.Node, inside: set[int], dtype: Any) -> None:
         for index, tensor in enumerate(list(node.outputs)):
-            before = to_numpy(tensor.dtype)
-            if not tensor.name or not is_float(before) or before == dtype:
+            if not tensor.name or not is_float(tensor.dtype) or to_numpy(tensor.dtype) == dtype:
                 continue
             if node.op == "Cast":
                 node.attrs["to"] = to_onnx(dtype)
-            outside = [
-                user
-                for user in tensor.outputs
-                if (id(user) not in inside and user.op != "Cast") or _reads_fixed(user, tensor)
-            ]
             if id(tensor) in self._outputs:
                 self._keep_output(node, index, tensor, inside, dtype)
-            elif outside:
-                tensor.dtype = dtype
-                cast = self._cast(tensor, before, self._scope_of[id(node)])
-                for user in outside:
-                    replace_input(user, tensor, cast)
             else:
-                tensor.dtype = dtype
+                self._retype(tensor, inside, dtype)
+
+    def _retype(self, tensor: gs.Tensor, inside: set[int], dtype: Any) -> None:
+        """Let a tensor have another type, and its readers outside read what a Cast makes of it."""
+        before = tensor.dtype
+        outside = [
+            user
+            for user in tensor.outputs
+            if (id(user) not in inside and user.op != "Cast") or _reads_fixed(user, tensor)
+        ]
+        tensor.dtype = dtype
+        if outside:
+            cast = self._cast(tensor, before, self._scope_of[id(tensor)])
+            for user in outside:
+                replace_input(user, tensor, cast)
 
     def _keep_output(
         self, node: gs.Node, index: int, tensor: gs.Variable, inside: set[int], dtype: Any

@@ -571,11 +571,11 @@ def pin_fp32__rounded_tables() -> onnx.ModelProto:
           x1, x2 = Split<axis = -1, num_outputs = 2>(rounded)
           a = Mul(x1, cos)
           b = Mul(x2, sin)
-          first = Sub(a, b)
+          real = Sub(a, b)
           c = Mul(x2, cos)
           d = Mul(x1, sin)
-          second = Add(c, d)
-          rotated = Concat<axis = -1>(first, second)
+          imaginary = Add(c, d)
+          rotated = Concat<axis = -1>(real, imaginary)
           y = Cast<to = 10>(rotated)
         }"""
     )
@@ -583,7 +583,7 @@ def pin_fp32__rounded_tables() -> onnx.ModelProto:
 
 @case(
     "pin_fp32",
-    "What the time makes in a loop's body runs in float32 up to a Cast, behind which the layers stay in float16.",
+    "Time and x of a loop run and are carried in float32, up to Casts behind which the layers stay in float16.",
     limit=2e-3,
     why=FLOAT16_ROUNDING,
 )
