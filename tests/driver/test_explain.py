@@ -157,7 +157,13 @@ def test_what_is_not_one_pass_is_refused(pi05c: Command, policy: Path, text: str
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", PRESETS["default"][:-1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("fuse_projections", "quantize_linears") else pytest.mark.slow)
+        for name in PRESETS["default"][:-1]
+    ],
+)
 def test_the_full_size_without_its_weights(pi05c: Command, full_size: Path, name: str) -> None:
     found = explained(pi05c, full_size, "--pass", name)
     assert found["rewrites"] or found["skipped"] or name == "pin_fp32"

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("debugging.md", "polygraphy.md")
 
 
-@pytest.mark.parametrize(
-    "name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
 def test_page_runs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the page exports its model, which needs the extra [torch]")
     pytest.importorskip("onnxscript", reason="the page exports its model, which needs the extra [torch]")

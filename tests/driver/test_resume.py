@@ -209,9 +209,9 @@ def test_of_several_engines_those_that_are_built_are_not_built_again(
 
 @pytest.mark.usefixtures("own_cache")
 def test_measured_ranges_are_taken_from_the_cache_and_forgotten_if_asked(
-    tiny_model: Path, tmp_path: Path, pi05c: Command
+    policy: Path, tmp_path: Path, pi05c: Command
 ) -> None:
-    command = (tiny_model, "--passes", "default", "--backend", "onnxruntime", "-o", tmp_path / "engine")
+    command = (policy, "--passes", "default", "--backend", "onnxruntime", "-o", tmp_path / "engine")
     said = "ranges: measured before on this graph and these samples, not again"
     assert said not in pi05c(*command).err
     assert said in pi05c(*command).err

@@ -125,8 +125,14 @@ def compiled(models: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) 
     return compile_
 
 
-@pytest.mark.parametrize("batch", sorted(set(CASES.values())))
-@pytest.mark.parametrize("passes", COMPILED)
+@pytest.mark.parametrize(
+    ("passes", "batch"),
+    [
+        pytest.param(passes, batch, marks=[] if passes in PRESETS or batch == 1 else pytest.mark.slow)
+        for passes in COMPILED
+        for batch in sorted(set(CASES.values()))
+    ],
+)
 def test_error_of_what_is_compiled_on_every_case(
     passes: str, batch: int, compiled: Callable[[str, int], Path], reference_dir: Path
 ) -> None:

@@ -11,7 +11,7 @@ ATTENTION = ("attention", "norm", "mlp", "flow")
 """What a policy is made of, where most passes have something to do."""
 
 
-@examples(250)
+@examples(200)
 @given(generated())
 def test_exact_passes_keep_outputs(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
@@ -30,7 +30,7 @@ def test_twice_is_once(pipeline: str, graph: Generated) -> None:
     properties.twice_is_once(pipeline, graph)
 
 
-@examples(400)
+@examples(250)
 @given(generated())
 def test_finders_claim_no_node_twice(graph: Generated) -> None:
     properties.finders_claim_once(graph)
