@@ -124,6 +124,7 @@ class ProbedGraph:
                     lowered.model, pending, base, Names(model.graph), Path(folder).absolute() / "weights"
                 )
                 packed = zlib.compress(lowered.model.SerializeToString(), level=1)
+                del proto, lowered  # as large as what onnxruntime makes of them
             graph = cls(
                 added,
                 probes,
@@ -274,6 +275,7 @@ def _bind(
     for tensor in stored_tensors(proto):
         if weight := pending.get(location_of(tensor) or ""):
             make_inline(tensor, weight)
+    nodes.widen_before_transposing(graph)
     for body in list(graphs_in(graph))[1:]:
         constants_first(body)
     constants_first(graph, nodes.nodes)

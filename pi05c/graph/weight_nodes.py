@@ -10,6 +10,7 @@ import onnx
 from onnx import helper
 
 from pi05c.graph.dtypes import BFLOAT16, FLOAT32, to_onnx
+from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import (
     Cast,
     InMemory,
@@ -48,6 +49,42 @@ class WeightNodes:
         source = self._tensor(_transposed_last(weight))
         self.nodes.append(helper.make_node("Identity", [source], [name]))
         return True
+
+    def widen_before_transposing(self, graph: onnx.GraphProto) -> None:
+        """Move each Transpose that a weight ends with behind the Casts to float32 that read it, in bodies too.
+
+        onnxruntime fuses a Transpose of float32 with the MatMul that reads it, and one of bfloat16 makes a copy of the
+        weight, slowly. What nothing reads any more is taken away.
+        """
+        transposes = {node.output[0]: node for node in self.nodes if node.op_type == "Transpose"}
+        ends = {
+            node.output[0]: transposes[node.input[0]]
+            for node in self.nodes
+            if node.op_type == "Identity" and node.input[0] in transposes
+        }
+        read: set[str] = set()
+        for scope in reversed(list(graphs_in(graph))):  # a graph whose nodes are listed anew has new bodies
+            nodes: list[onnx.NodeProto] = []
+            for node in scope.node:
+                nodes.append(node)
+                above = ends.get(node.input[0]) if node.op_type == "Cast" else None
+                if above is not None and any(
+                    a.name == "to" and a.i == to_onnx(FLOAT32) for a in node.attribute
+                ):
+                    nodes.append(helper.make_node("Transpose", [self._new_name("weight")], node.output))
+                    nodes[-1].attribute.extend(above.attribute)
+                    node.input[0], node.output[0] = above.input[0], nodes[-1].input[0]
+                read.update(node.input)
+            read.update(value.name for value in scope.output)
+            if len(nodes) > len(scope.node):
+                del scope.node[:]
+                scope.node.extend(nodes)
+        kept = []
+        for node in reversed(self.nodes):
+            if node.output[0] in read:
+                kept.append(node)
+                read.update(node.input)
+        self.nodes = kept[::-1]
 
     def _tensor(self, weight: Weight) -> str:
         key = (

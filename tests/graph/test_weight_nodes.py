@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, to_onnx
 from pi05c.graph.runner import Array
+from pi05c.graph.sort import constants_first
 from pi05c.graph.weight_nodes import WeightNodes
 from pi05c.graph.weights import (
     Cast,
@@ -82,6 +83,59 @@ def test_the_bits_are_those_of_the_weight(derive: Callable[[Weight, Weight], Wei
     built, weight = nodes(), derive(InMemory(A), InMemory(B))
     assert built.add(weight, "w")
     np.testing.assert_array_equal(run(built, "w", weight), weight.load().astype(np.float32))
+
+
+def test_a_weight_is_widened_before_it_is_transposed_wherever_it_is_read() -> None:
+    built, float32 = nodes(), to_onnx(FLOAT32)
+    joined = Joined([Transposed(InMemory(A), (1, 0)), Transposed(InMemory(B), (1, 0))], 1)
+    assert built.add(joined, "w")
+    assert built.add(Transposed(InMemory(A), (1, 0)), "v")
+    body = helper.make_graph(
+        [helper.make_node("Cast", ["w"], ["inner"], to=float32)],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", float32, joined.shape)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["wide"], ["outer"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("outer", float32, joined.shape)],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["w"], ["wide"], to=float32, saturate=1),
+            helper.make_node("If", ["flag"], ["branch"], then_branch=body, else_branch=other),
+            helper.make_node("MatMul", ["x", "wide"], ["y"]),
+            helper.make_node("Cast", ["v"], ["z"], to=to_onnx(FLOAT16)),
+        ],
+        "graph",
+        [
+            helper.make_tensor_value_info("x", float32, [2, 4]),
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        ],
+        [
+            helper.make_tensor_value_info("y", float32, [2, 9]),
+            helper.make_tensor_value_info("branch", float32, joined.shape),
+            helper.make_tensor_value_info("z", to_onnx(FLOAT16), [4, 6]),
+        ],
+        [numpy_helper.from_array(values.load(), leaf) for leaf, values in built.leaves.items()],
+    )
+    built.widen_before_transposing(graph)
+    assert [node.op_type for node in built.nodes] == ["Concat", "Transpose", "Identity"]
+    assert built.nodes[-1].output == ["v"], "which is read in another type"
+    assert [node.op_type for node in graph.node] == ["Cast", "Transpose", "If", "MatMul", "Cast"]
+    constants_first(graph, built.nodes)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), disabled_optimizers=["ConstantFolding"], providers=["CPUExecutionProvider"]
+    )
+    x = np.eye(2, 4, dtype=np.float32)
+    for flag in (True, False):
+        y, branch, z = session.run(None, {"x": x, "flag": np.array(flag)})
+        np.testing.assert_array_equal(branch, joined.load().astype(np.float32))
+        np.testing.assert_array_equal(y, joined.load().astype(np.float32)[:2])
+        np.testing.assert_array_equal(z, A.T.astype(np.float16))
 
 
 @pytest.mark.parametrize(
