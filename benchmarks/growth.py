@@ -3,13 +3,15 @@
     python benchmarks/growth.py [-o FILE.json]
 
 Each graph is exported with random weights and calibrated once; then the passes run `REPEATS` times with the ranges given,
-of which the fastest counts, in seconds of processor time. The exponent is the slope of log(time) over log(size).
+of which the fastest counts, in seconds of processor time. The sizes of a series take turns, so that a machine that gets
+slower or faster on the way does so for all of them. The exponent is the slope of log(time) over log(size).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import tempfile
@@ -26,7 +28,7 @@ from pi05c.progress import Progress
 
 STEPS = (10, 20, 40)
 DEPTHS = (18, 36, 72)
-REPEATS = 2
+REPEATS = 5
 EXPONENT = 1.1
 
 
@@ -47,14 +49,20 @@ def export(path: Path, *, depth: int | None = None, steps: int = 2) -> None:
 
 
 def seconds_of(model: Path) -> float:
-    """Processor seconds of the default passes, ranges given."""
-    best = math.inf
-    for _ in range(REPEATS + 1):  # the first run measures the ranges
-        graph = load(model)
-        start = time.process_time()
-        run_passes(graph, model.with_suffix(".calibration.npz"), "default", Progress())
-        best = min(best, time.process_time() - start)
-    return best
+    """Processor seconds of the default passes, ranges given from the second call on."""
+    graph = load(model)
+    gc.collect()  # the graph of the call before
+    start = time.process_time()
+    run_passes(graph, model.with_suffix(".calibration.npz"), "default", Progress())
+    return time.process_time() - start
+
+
+def best_of(models: Sequence[Path]) -> list[float]:
+    """Processor seconds of each model."""
+    for model in models:
+        seconds_of(model)  # measures the ranges
+    rounds = [[seconds_of(model) for model in models] for _ in range(REPEATS)]
+    return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
@@ -73,13 +81,14 @@ def main() -> None:
     asked = parser.parse_args()
     found = {}
     for title, sizes in (("steps", STEPS), ("depth", DEPTHS)):
-        seconds = []
-        for size in sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                model = Path(folder) / "model.onnx"
+        with tempfile.TemporaryDirectory() as folder:
+            models = [Path(folder) / str(size) / "model.onnx" for size in sizes]
+            for model, size in zip(models, sizes, strict=True):
+                model.parent.mkdir()
                 export(model, **{title: size})
-                seconds.append(seconds_of(model))
-            print(f"{title} {size}: {seconds[-1]:.2f} s", flush=True)
+            seconds = best_of(models)
+        for size, value in zip(sizes, seconds, strict=True):
+            print(f"{title} {size}: {value:.2f} s", flush=True)
         found[title] = {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
         print(f"{title}: exponent {found[title]['exponent']:.2f} (to reach: at most {EXPONENT})")
     if asked.output is not None:
