@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from pi05c.backend.lowering import KEPT, lower
-from pi05c.graph.dtypes import to_onnx
+from pi05c.graph.dtypes import FLOAT32, to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
@@ -32,13 +32,16 @@ from pi05c.graph.runner import Array
 from pi05c.graph.session import session_options
 from pi05c.graph.sort import constants_first
 from pi05c.graph.walk import graphs_in
-from pi05c.graph.weight_nodes import WeightNodes
+from pi05c.graph.weight_nodes import WeightNodes, widen_for_each_reader
 from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
 from pi05c.reductions import Probe, Reductions, add_reductions
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
 """onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
+
+_DISABLED = ["ConstantFolding", "CommonSubexpressionElimination", KEPT]
+"""Optimizers of onnxruntime: the first would widen all weights and keep them, the second those that are read again."""
 
 _SMALL_BYTES = 2**20
 _FATAL_ONLY = 4
@@ -197,7 +200,7 @@ class ProbedGraph:
                 zlib.decompress(self._packed),
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding", KEPT],  # else bfloat16 weights are widened and kept
+                disabled_optimizers=_DISABLED,
             )
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error
@@ -245,7 +248,11 @@ def _bind(
     taken = {value.name for value in graph.input}
     fed: dict[str, Weight] = {}
     placed: dict[str, Weight] = {}
-    nodes = WeightNodes(lambda what: names.unique(f"calibration.{what}"))
+
+    def new_name(what: str) -> str:
+        return names.unique(f"calibration.{what}")
+
+    nodes = WeightNodes(new_name)
     for body in graphs_in(graph):
         kept = []
         for tensor in body.initializer:
@@ -276,6 +283,7 @@ def _bind(
         if weight := pending.get(location_of(tensor) or ""):
             make_inline(tensor, weight)
     nodes.widen_before_transposing(graph)
+    widen_for_each_reader(graph, new_name, least=_SMALL_BYTES // FLOAT32.itemsize)
     for body in list(graphs_in(graph))[1:]:
         constants_first(body)
     constants_first(graph, nodes.nodes)

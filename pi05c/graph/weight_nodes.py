@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,8 @@ class WeightNodes:
             nodes: list[onnx.NodeProto] = []
             for node in scope.node:
                 nodes.append(node)
-                above = ends.get(node.input[0]) if node.op_type == "Cast" else None
-                if above is not None and any(
-                    a.name == "to" and a.i == to_onnx(FLOAT32) for a in node.attribute
-                ):
+                above = ends.get(node.input[0]) if _widens(node) else None
+                if above is not None:
                     nodes.append(helper.make_node("Transpose", [self._new_name("weight")], node.output))
                     nodes[-1].attribute.extend(above.attribute)
                     node.input[0], node.output[0] = above.input[0], nodes[-1].input[0]
@@ -129,6 +128,53 @@ class WeightNodes:
         return output
 
 
+def widen_for_each_reader(graph: onnx.GraphProto, new_name: Callable[[str], str], *, least: int) -> None:
+    """Give each node that reads a stored weight by a Cast to float32, and perhaps a Transpose, its own two of them.
+
+    Shared by the steps of an unrolled loop, a weight would stay widened through all of them. Readers in bodies share.
+
+    Args:
+        least: number of elements of a weight for which that is done.
+    """
+    stored = {tensor.name for tensor in graph.initializer if math.prod(tensor.dims) >= least}
+    chains: dict[str, tuple[onnx.NodeProto, ...]] = {}
+    given: set[str] = set()
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if _widens(node) and node.input[0] in stored:
+            chains[node.output[0]] = (node,)
+        elif node.op_type == "Transpose" and len(chains.get(node.input[0], ())) == 1:
+            chains[node.output[0]] = (*chains[node.input[0]], node)
+        else:
+            for index, name in enumerate(node.input):
+                if name in given:
+                    copies = _copied(chains[name], new_name)
+                    nodes += copies
+                    node.input[index] = copies[-1].output[0]
+                elif name in chains:
+                    given.add(name)
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _copied(chain: Sequence[onnx.NodeProto], new_name: Callable[[str], str]) -> list[onnx.NodeProto]:
+    """Nodes of one input and one output each, once more."""
+    copies: list[onnx.NodeProto] = []
+    for node in chain:
+        source = copies[-1].output[0] if copies else node.input[0]
+        copies.append(helper.make_node(node.op_type, [source], [new_name("weight")]))
+        copies[-1].attribute.extend(node.attribute)
+    return copies
+
+
+def _widens(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Cast" and any(
+        attribute.name == "to" and attribute.i == to_onnx(FLOAT32) for attribute in node.attribute
+    )
+
+
 def _transposed_last(weight: Weight) -> Weight:
     """The same weight, transposed behind all else, where onnxruntime fuses the transpose with a MatMul."""
     if isinstance(weight, Joined):
@@ -163,4 +209,4 @@ def _can(weight: Weight) -> bool:
     return False
 
 
-__all__ = ["WeightNodes"]
+__all__ = ["WeightNodes", "widen_for_each_reader"]

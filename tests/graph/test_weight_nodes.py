@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, to_onnx
 from pi05c.graph.runner import Array
 from pi05c.graph.sort import constants_first
-from pi05c.graph.weight_nodes import WeightNodes
+from pi05c.graph.weight_nodes import WeightNodes, widen_for_each_reader
 from pi05c.graph.weights import (
     Cast,
     InMemory,
@@ -136,6 +136,39 @@ def test_a_weight_is_widened_before_it_is_transposed_wherever_it_is_read() -> No
         np.testing.assert_array_equal(branch, joined.load().astype(np.float32))
         np.testing.assert_array_equal(y, joined.load().astype(np.float32)[:2])
         np.testing.assert_array_equal(z, A.T.astype(np.float16))
+
+
+def test_each_reader_of_a_stored_weight_widens_it_for_itself() -> None:
+    float32 = to_onnx(FLOAT32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["a"], ["wide"], to=float32),
+            helper.make_node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "turned"], ["y"]),
+            helper.make_node("MatMul", ["y", "wide"], ["z"]),
+            helper.make_node("MatMul", ["z", "turned"], ["out"]),
+            helper.make_node("Cast", ["out"], ["narrow"], to=to_onnx(BFLOAT16)),
+            helper.make_node("Cast", ["narrow"], ["rounded"], to=float32),
+            helper.make_node("Add", ["rounded", "rounded"], ["last"]),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", float32, [2, 4])],
+        [helper.make_tensor_value_info(name, float32, [2, 6]) for name in ("out", "last")],
+        [numpy_helper.from_array(A, "a")],
+    )
+    numbers = itertools.count()
+    widen_for_each_reader(graph, lambda what: f"{what}.{next(numbers)}", least=A.size + 1)
+    assert len(graph.node) == 8, "a smaller one is widened once"
+    widen_for_each_reader(graph, lambda what: f"{what}.{next(numbers)}", least=A.size)
+    first, second = (node for node in graph.node if node.op_type == "Transpose")
+    assert first.input[0] != second.input[0]
+    assert [node.input[0] for node in graph.node if node.op_type == "Cast"].count("a") == 2
+    assert sum(node.op_type == "Cast" for node in graph.node) == 4, "what is no weight is rounded once"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x, wide = np.eye(2, 4, dtype=np.float32), A.astype(np.float32)
+    (out,) = session.run(["out"], {"x": x})
+    np.testing.assert_allclose(out, x @ wide.T @ wide @ wide.T, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
