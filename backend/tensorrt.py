@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from pi05c.backend.allocator import with_mimalloc
 from pi05c.backend.child import BuildProgress, produce
 from pi05c.backend.gpu import compute_capabilities
 from pi05c.backend.signature import TensorSpec, inputs_of
@@ -207,7 +208,7 @@ def build(
     )
     names = " and ".join(target.name for target in options.targets) or "the portable targets"
     run = produce(
-        WORKER_COMMAND,
+        with_mimalloc(WORKER_COMMAND) if request.rtx else WORKER_COMMAND,
         lambda model, plan: replace(request, model=model, plan=plan).to_json(),
         model_path,
         plan_path,
