@@ -23,7 +23,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load, save
 from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
-from pi05c.graph.session import session_options
+from pi05c.graph.session import open_session, session_options
 from pi05c.graph.sort import constants_first, sort_proto
 from pi05c.graph.spelling import awaits_fp4
 from pi05c.graph.walk import bodies_of, graphs_in
@@ -96,12 +96,8 @@ class OnnxRuntimeRunner:
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
         options.add_session_config_entry(_DATA_FOLDER, str(path.absolute().parent))
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                lowered.model.SerializeToString(),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=_DISABLED_OPTIMIZERS,
-            )
+            model = lowered.model.SerializeToString()
+            self._session: Any = open_session(model, options, _DISABLED_OPTIMIZERS)
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             newer = ""
             if type(error).__name__ == "NotImplemented":

@@ -29,7 +29,7 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.runner import Array
-from pi05c.graph.session import session_options
+from pi05c.graph.session import open_session, session_options
 from pi05c.graph.sort import constants_first
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weight_nodes import WeightNodes, widen_for_each_reader
@@ -185,7 +185,6 @@ class ProbedGraph:
 
     def _session(self) -> tuple[Any, dict[str, Any]]:
         """A session, and what is to be fed beside samples: `OrtValue`s on mapped memory, none a copy."""
-        import onnxruntime
 
         options = session_options()
         options.intra_op_num_threads = self.threads
@@ -196,12 +195,7 @@ class ProbedGraph:
         if self._base is not None:
             options.add_session_config_entry(_DATA_FOLDER, str(self._base))
         try:
-            session = onnxruntime.InferenceSession(
-                zlib.decompress(self._packed),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=_DISABLED,
-            )
+            session = open_session(zlib.decompress(self._packed), options, _DISABLED)
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error
         return session, {name: _ort_value(fed) for name, fed in self._fed.items()}

@@ -16,7 +16,7 @@ from pi05c.graph.edit import producer
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, save
 from pi05c.graph.runner import Array
-from pi05c.graph.session import session_options
+from pi05c.graph.session import open_session, session_options
 from pi05c.graph.sort import captured_by, sort_graph
 from pi05c.graph.weights import array_of
 
@@ -36,7 +36,6 @@ class Evaluator:
     def __init__(
         self, graph: gs.Graph, outputs: Sequence[gs.Tensor], inputs: Sequence[gs.Variable] = ()
     ) -> None:
-        import onnxruntime
 
         computed = [tensor for tensor in outputs if isinstance(tensor, gs.Variable)]
         self._outputs = list(outputs)
@@ -61,12 +60,7 @@ class Evaluator:
             path = Path(folder) / "part.onnx"
             try:
                 save(Model(part), path)
-                self._session: Any = onnxruntime.InferenceSession(
-                    str(path),
-                    options,
-                    providers=["CPUExecutionProvider"],
-                    disabled_optimizers=["ConstantFolding"],
-                )
+                self._session: Any = open_session(str(path), options, ["ConstantFolding"])
             except Exception as error:
                 if isinstance(error, Pi05cError):
                     raise

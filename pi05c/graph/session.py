@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -10,21 +11,51 @@ _LAYOUT_FROM = "1.30"
 is cast in front of a MatMul (an assertion of std::vector on `NodeArg*`, behind CastFloat16Transformer)."""
 
 
+_TRANSPOSE_FROM = "1.31"
+"""Before, fusing a Transpose into a MatMul removes a Cast between them whose result is an output of the graph too."""
+
+
+def open_session(model: bytes | str, options: Any, disabled: Iterable[str]) -> Any:
+    """A session on the CPU.
+
+    Args:
+        model: its bytes, or its path.
+        options: as `session_options` gives them, with more chosen.
+        disabled: optimizers that are not to run.
+
+    Raises:
+        Exception: of a class of onnxruntime's own for each status code. It is not tried again with all optimizers, as
+            onnxruntime does by itself, and says so on the standard output.
+    """
+    import onnxruntime
+
+    broken = [] if _is(_TRANSPOSE_FROM) else ["MatmulTransposeFusion"]
+    return onnxruntime.InferenceSession(
+        model,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=[*disabled, *broken],
+        enable_fallback=0,
+    )
+
+
 def session_options() -> Any:
     """Options that choose the optimizations which this version survives, and nothing else."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if not _survives_layout(onnxruntime.__version__):
+    if not _is(_LAYOUT_FROM):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return options
 
 
 @cache
-def _survives_layout(version: str) -> bool:
+def _is(version: str) -> bool:
+    """Whether onnxruntime is of a version or newer."""
+    import onnxruntime
     from packaging.version import Version
 
-    return Version(version) >= Version(_LAYOUT_FROM)
+    return Version(onnxruntime.__version__) >= Version(version)
 
 
-__all__ = ["session_options"]
+__all__ = ["open_session", "session_options"]

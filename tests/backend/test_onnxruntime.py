@@ -357,3 +357,21 @@ def test_a_body_reads_what_only_casts_stand_before(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.onnx", nodes, inputs, [("y", TensorProto.FLOAT16, [2])])
     outputs = load_runner(path).run({"x": np.array([-1, 2], np.float16), "c": np.array(True)})
     assert outputs["y"].tolist() == [1, -2]
+
+
+def test_an_output_between_a_transpose_and_a_product(tmp_path: Path) -> None:
+    """Before 1.31 onnxruntime loses it when it fuses the Transpose."""
+    weight = random((4, 3), FLOAT16, 1)
+    path = write_model(
+        tmp_path / "model.onnx",
+        [
+            node("Transpose", ["w"], ["turned"], perm=[1, 0]),
+            node("Cast", ["turned"], ["wide"], to=TensorProto.FLOAT),
+            node("MatMul", ["x", "wide"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, [2, 3])],
+        [("y", TensorProto.FLOAT, [2, 4]), ("wide", TensorProto.FLOAT, [3, 4])],
+        {"w": weight},
+    )
+    found = load_runner(path).run({"x": random((2, 3), np.dtype(np.float32), 2)})
+    np.testing.assert_array_equal(found["wide"], wide(weight).T)

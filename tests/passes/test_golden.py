@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import onnx
 import pytest
-from golden_cases import CASES, GoldenCase
+from every_case import CASES, GoldenCase
 from pass_graphs import fitted, outputs_of_each, relative_error, seeded_inputs, text_of
 
 from pi05c.golden import METADATA_KEY, PassCase, after_text, before_text, run_pass_case
@@ -19,9 +18,6 @@ from pi05c.graph.check import problems
 from pi05c.graph.io import load, save
 from pi05c.graph.ranges import Ranges
 from pi05c.passes import REGISTRY
-
-for _module in sorted(Path(__file__).parent.glob("golden_cases_*.py")):
-    import_module(_module.stem)  # registers its cases
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

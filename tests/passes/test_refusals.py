@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import golden_cases_exact  # noqa: F401 - registers its cases
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from golden_cases import CASES, GoldenCase
+from every_case import CASES, GoldenCase
 from pass_graphs import (
     editable,
     fitted,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from pathlib import Path
 
 import onnx_graphsurgeon as gs
 import pytest
-from golden_cases import CASES, GoldenCase
+from every_case import CASES, GoldenCase
 from pass_graphs import (
     editable,
     fitted,
@@ -25,9 +23,6 @@ from pi05c.graph.errors import UsageError
 from pi05c.graph.io import Model
 from pi05c.passes import PRESETS, REGISTRY, PassContext, graph_pass
 from pi05c.passes.pipeline import Step, StepResult, parse, run
-
-for _module in sorted(Path(__file__).parent.glob("golden_cases_*.py")):
-    import_module(_module.stem)  # registers its cases
 
 
 def _limited(model: Model, case: GoldenCase, limit: int | None) -> StepResult:
