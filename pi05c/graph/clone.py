@@ -11,6 +11,9 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.carried import CARRIED
 from pi05c.graph.edit import Names
 
+_FROZEN_BY_PYTHON = 1000
+"""More objects than Python itself sets aside when it starts (375 in 3.12, none before)."""
+
 
 @contextmanager
 def collection_paused() -> Iterator[Callable[[], AbstractContextManager[None]]]:
@@ -33,9 +36,7 @@ def collection_paused() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
 @contextmanager
 def _resumed() -> Iterator[None]:
-    aside = (
-        not gc.get_freeze_count()
-    )  # else somebody else has set objects aside, and wants them to stay there
+    aside = gc.get_freeze_count() < _FROZEN_BY_PYTHON  # else somebody else has, and wants them to stay there
     if aside:
         gc.freeze()
     gc.enable()

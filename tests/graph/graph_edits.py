@@ -133,8 +133,9 @@ def _operator(proto: onnx.ModelProto, rng: random.Random) -> Edited:
 
 def _attribute(proto: onnx.ModelProto, rng: random.Random) -> Edited:
     graph, index = _pick(proto, rng, *UNARY, *BINARY)
-    graph.node[index].attribute.append(helper.make_attribute("axis", 1))
-    return Edited(proto, frozenset({("node", "changed", graph.node[index].name)}))
+    node = graph.node[index]
+    node.attribute.append(helper.make_attribute(f"extra_{len(node.attribute)}", 1))
+    return Edited(proto, frozenset({("node", "changed", node.name)}))
 
 
 def _rewire(proto: onnx.ModelProto, rng: random.Random) -> Edited:

@@ -272,7 +272,7 @@ def test_garbage_is_collected_between_passes_and_not_in_them(
         )
     assert found == [True, False]
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < 1000  # Python 3.12 itself sets 375 objects aside when it starts
 
 
 @pytest.fixture
