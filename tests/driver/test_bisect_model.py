@@ -78,6 +78,7 @@ def test_swapped_modulation(find: Find, pi05c: Command, tiny_model: Path, tmp_pa
         assert all((extracted[output] == outputs[output]).all() for output in outputs)
 
 
+@pytest.mark.slow
 def test_swapped_modulation_of_a_deeper_model(find: Find, deep_model: Path) -> None:
     guilty = find(deep_model, "--passes", SWAPPED, "--calibration", "synthetic")["guilty"]
     assert place(guilty) == ("02-swap_modulation", 7, 15)

@@ -121,6 +121,7 @@ def test_exit_3_names_the_step_and_the_layer(tiny_model: Path, tmp_path: Path, p
     assert "'vision.encoder.layers.0.Add'" in result.err
 
 
+@pytest.mark.slow
 def test_layers_are_found_behind_nvfp4(tiny_model: Path, tmp_path: Path, pi05c: Command) -> None:
     folder = tmp_path / "engine"
     options = ("--passes", "nvfp4", "--backend", "onnxruntime")

@@ -128,7 +128,7 @@ def compiled(models: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("passes", "batch"),
     [
-        pytest.param(passes, batch, marks=[] if passes in PRESETS or batch == 1 else pytest.mark.slow)
+        pytest.param(passes, batch, marks=[] if passes in PRESETS else pytest.mark.slow)
         for passes in COMPILED
         for batch in sorted(set(CASES.values()))
     ],
@@ -140,7 +140,10 @@ def test_error_of_what_is_compiled_on_every_case(
         assert error <= COMPILED[passes], case
 
 
-@pytest.mark.parametrize("passes", BYTES)
+@pytest.mark.parametrize(
+    "passes",
+    [pytest.param(passes, marks=[] if passes in PRESETS else pytest.mark.slow) for passes in BYTES],
+)
 def test_bytes_of_what_is_compiled(passes: str, compiled: Callable[[str, int], Path]) -> None:
     other, limit = BYTES[passes]
     own, others = (

@@ -11,20 +11,20 @@ ATTENTION = ("attention", "norm", "mlp", "flow")
 """What a policy is made of, where most passes have something to do."""
 
 
-@examples(200)
+@examples(150)
 @given(generated())
 def test_exact_passes_keep_outputs(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
 
 
-@examples(100)
+@examples(60)
 @given(generated(blocks=ATTENTION, most=3))
 def test_exact_passes_keep_outputs_of_policies(graph: Generated) -> None:
     properties.exact_passes_keep_outputs(graph)
 
 
 @pytest.mark.parametrize("pipeline", ["exact", "fp16"])
-@examples(100)
+@examples(70)
 @given(generated())
 def test_twice_is_once(pipeline: str, graph: Generated) -> None:
     properties.twice_is_once(pipeline, graph)
