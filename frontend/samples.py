@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pi05c.frontend.config import Pi05Config
-from pi05c.graph.errors import Pi05cError, unwritable
-from pi05c.graph.npz import read_npz
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.npz import read_npz, write_npz
 from pi05c.graph.runner import Array
 
 SYNTHETIC_MARK = "synthetic"
@@ -147,15 +147,7 @@ def write_samples(path: Path, samples: Mapping[str, Array], synthetic: bool) -> 
     arrays = dict(samples)
     if synthetic:
         arrays[SYNTHETIC_MARK] = np.array(True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_npz(path, arrays)
 
 
 def is_synthetic(path: Path) -> bool:

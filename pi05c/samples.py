@@ -22,7 +22,7 @@ from pi05c.backend.signature import TensorSpec, check_inputs
 from pi05c.graph.dtypes import BOOL, to_numpy
 from pi05c.graph.errors import Pi05cError, UsageError, unreadable, unwritable
 from pi05c.graph.io import Model
-from pi05c.graph.npz import read_npz
+from pi05c.graph.npz import read_npz, write_npz
 from pi05c.graph.runner import Array
 from pi05c.graph.specialization import fixed_inputs
 
@@ -301,15 +301,7 @@ def save_samples(path: Path, samples: Sequence[Mapping[str, Array]], *, syntheti
     }
     if synthetic:
         arrays[SYNTHETIC] = np.array(True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_npz(path, arrays)
 
 
 def is_lerobot_dataset(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Reads .npz files that others wrote: plain arrays, mapped where they are stored as they are, never Python objects.
+"""Reads .npz files that others wrote: plain arrays, mapped where they are stored as they are, never Python objects; writes them.
 
 What an array's header declares is held against the bytes that the file holds before anything is allocated.
 """
@@ -13,13 +13,13 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
-from pi05c.graph.errors import Pi05cError, shortened, unreadable
+from pi05c.graph.errors import Pi05cError, shortened, unreadable, unwritable
 from pi05c.graph.runner import Array
 
 UNPACKED_BYTES = 2**31
@@ -136,4 +136,21 @@ def _header(path: Path, member: zipfile.ZipInfo, file: IO[bytes], size: int) -> 
     return shape, is_fortran, dtype
 
 
-__all__ = ["UNPACKED_BYTES", "read_npz"]
+def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays by name; the file appears whole or not at all.
+
+    Raises:
+        Pi05cError: it cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        partial.replace(path)
+    except OSError as error:
+        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+__all__ = ["UNPACKED_BYTES", "read_npz", "write_npz"]
