@@ -1,7 +1,7 @@
 """The memory allocator of a builder.
 
-TensorRT-RTX compiles a graph in one thread that allocates all the time. With mimalloc instead of glibc's malloc it takes
-a third to a half of the seconds, and as much memory.
+TensorRT-RTX compiles a graph in one thread that allocates all the time. With mimalloc instead of glibc's malloc an
+unrolled graph takes a third to a half of the seconds, one with its loop hardly fewer, and no more memory (README, Figures).
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ def pin_fp32(graph: gs.Graph, ctx: PassContext) -> None:
     """Run softmax, RMSNorm, adaRMS, LayerNorm, RoPE, the time path and x += dt * v in float32.
 
     A region is cast at its border and nowhere inside; its constants are read as they were before
-    `lower_precision` put casts behind them. A loop carries x and the time in float32 as well. The scale and the mask between QK^T and softmax belong to the softmax,
-    the weight, scale and shift to the norm, and the arithmetic of positions and of the denoising time to the
-    cosine and sine that read it. Works on any graph in 16-bit precision, whoever made it.
+    `lower_precision` put casts behind them. A loop carries x and the time in float32 as well. The scale and the
+    mask between QK^T and softmax belong to the softmax, the weight, scale and shift to the norm, and the
+    arithmetic of positions and of the denoising time to the cosine and sine that read it. Works on any graph in
+    16-bit precision, whoever made it.
     """
     regions = list(_regions(graph))
     operators = attention_operators(graph)

@@ -1,4 +1,5 @@
-"""Reads .npz files that others wrote: plain arrays, mapped where they are stored as they are, never Python objects; writes them.
+"""Reads .npz files that others wrote: plain arrays, mapped where they are stored as they are, never Python objects.
+Writes them whole or not at all.
 
 What an array's header declares is held against the bytes that the file holds before anything is allocated.
 """
