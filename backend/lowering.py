@@ -161,6 +161,7 @@ class _Lowering:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
         self._finish(scope)
         self._shield_captured_casts()
+        self._name_returned_inputs()
 
     def _lower_nodes(self, scope: _Scope) -> None:
         for node in scope.graph.node:
@@ -228,8 +229,25 @@ class _Lowering:
                 del graph.node[:]
                 graph.node.extend(nodes)
 
+    def _name_returned_inputs(self) -> None:
+        """Put an Identity behind what a Scan's body returns as it got it.
+
+        onnxruntime 1.32 hands out memory that nobody wrote in its place. `KEPT` keeps it from dropping the Identity.
+        """
+        for graph in graphs_in(self.result.model.graph):
+            for body in (body for node in graph.node if node.op_type == "Scan" for body in bodies_of(node)):
+                given = {value.name for value in body.input}
+                for value in body.output:
+                    if value.name in given:
+                        source, value.name = value.name, self._new_name(value.name)
+                        body.node.append(onnx.helper.make_node("Identity", [source], [value.name]))
+                        self.result.changed = True
+
     def _lacks(self, node: onnx.NodeProto, dtype: int) -> bool:
-        return dtype in self.native and node.op_type not in self.native[dtype]
+        adds = node.op_type == "ScatterND" and any(
+            attribute.name == "reduction" and attribute.s != b"none" for attribute in node.attribute
+        )
+        return dtype in self.native and (node.op_type not in self.native[dtype] or adds)
 
     def _widen(self, scope: _Scope, name: str) -> str:
         """The float32 copy of a tensor, made in this graph unless it is there already."""

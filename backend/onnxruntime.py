@@ -126,7 +126,7 @@ class OnnxRuntimeRunner:
         }
 
     def _fed(self, name: str, array: Array) -> Array:
-        return np.ascontiguousarray(array.astype(np.float32) if name in self._feeds else array)
+        return np.asarray(array, np.float32 if name in self._feeds else None, order="C")
 
 
 def load_runner(

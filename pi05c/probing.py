@@ -162,7 +162,7 @@ class ProbedGraph:
         session, weights = _loaded(self)
         feeds = dict(weights)
         for name, array in sample.items():
-            fed = np.ascontiguousarray(array.astype(np.float32) if name in self._renamed else array)
+            fed = np.asarray(array, np.float32 if name in self._renamed else None, order="C")
             feeds[self._renamed.get(name, name)] = onnxruntime.OrtValue.ortvalue_from_numpy(fed)
         for each in found.rows:
             feeds[each.indices] = onnxruntime.OrtValue.ortvalue_from_numpy((places or {})[each.tensor])

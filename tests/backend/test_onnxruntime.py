@@ -375,3 +375,42 @@ def test_an_output_between_a_transpose_and_a_product(tmp_path: Path) -> None:
     )
     found = load_runner(path).run({"x": random((2, 3), np.dtype(np.float32), 2)})
     np.testing.assert_array_equal(found["wide"], wide(weight).T)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)], ids=str)
+def test_a_number_is_fed_without_axes(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+    number = helper.np_dtype_to_tensor_dtype(dtype)
+    path = write_model(
+        tmp_path / "m.onnx", [node("Neg", ["x"], ["y"])], [("x", number, [])], [("y", number, [])]
+    )
+    y = load_runner(path).run({"x": np.array(2, dtype)})["y"]
+    assert (y.shape, float(y)) == ((), -2.0)
+
+
+def test_scattered_float16_is_added(tmp_path: Path) -> None:
+    """onnxruntime 1.32 moves float16 in ScatterND, and does not add it."""
+    half = TensorProto.FLOAT16
+    path = write_model(
+        tmp_path / "m.onnx",
+        [node("ScatterND", ["x", "places", "more"], ["y"], reduction="add")],
+        [("x", half, [3]), ("more", half, [2])],
+        [("y", half, [3])],
+        {"places": np.array([[1], [1]])},
+    )
+    inputs = {"x": np.array([1, 2, 3], FLOAT16), "more": np.array([4, 0.5], FLOAT16)}
+    assert load_runner(path).run(inputs)["y"].tolist() == [1, 6.5, 3]
+
+
+def test_a_scan_gives_what_its_body_hands_on(tmp_path: Path) -> None:
+    """onnxruntime 1.32 gives memory that nobody wrote where the body returns an input of its own."""
+    state, row = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("s", "row"))
+    body = helper.make_graph([], "body", [state, row], [state, row])
+    path = write_model(
+        tmp_path / "m.onnx",
+        [node("Scan", ["start", "x"], ["last", "y"], body=body, num_scan_inputs=1)],
+        [("start", TensorProto.FLOAT, [2]), ("x", TensorProto.FLOAT, [3, 2])],
+        [("last", TensorProto.FLOAT, [2]), ("y", TensorProto.FLOAT, [3, 2])],
+    )
+    start, x = np.float32([7, 8]), np.arange(6, dtype=np.float32).reshape(3, 2)
+    found = load_runner(path).run({"start": start, "x": x})
+    assert (found["last"].tolist(), found["y"].tolist()) == (start.tolist(), x.tolist())
