@@ -16,7 +16,7 @@ from pi05c.passes.patterns.views import Border, Join, Twins, find_twins
 from pi05c.passes.patterns.walk import each_node, static_shape
 
 
-@graph_pass(exact=True, after=("canonicalize",))
+@graph_pass(exact=True, after=("canonicalize",), min_opset=13)
 def batch_views(graph: gs.Graph, ctx: PassContext) -> None:
     """Run subgraphs that differ in their input alone, as a loop over cameras exports them, once over a batch.
 

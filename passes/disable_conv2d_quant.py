@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import Editor, producer, replace_input
+from pi05c.graph.runner import Array
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import constant, each_node, output_ids
@@ -54,14 +55,27 @@ def _unquantized(tensor: gs.Tensor, editor: Editor) -> gs.Tensor | None:
     if quantize is not None and quantize.op == "QuantizeLinear":
         return quantize.inputs[0]
     codes, scale = dequantize.inputs[0], constant(dequantize.inputs[1])
+    zeros = [point for point in dequantize.inputs[2:] if point.name]
     if not isinstance(codes, gs.Constant) or scale is None:
         return None
-    zero = array_of(dequantize.inputs[2]).astype(np.float32) if len(dequantize.inputs) > 2 else np.float32(0)
-    values, factor = array_of(codes).astype(np.float32), array_of(scale).astype(np.float32)
-    if factor.ndim == 1 and factor.size > 1:
-        axis = int(dequantize.attrs.get("axis", 1))
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        factor, zero = factor.reshape(shape), np.asarray(zero).reshape(shape) if np.ndim(zero) else zero
-    weight = ((values - zero) * factor).astype(to_numpy(tensor.dtype))
+    if not all(isinstance(point, gs.Constant) for point in zeros):
+        return None
+    values = array_of(codes).astype(np.float32)
+    factor, *offsets = (
+        _spread(array_of(part).astype(np.float32), values.shape, dequantize) for part in (scale, *zeros)
+    )
+    weight = ((values - sum(offsets)) * factor).astype(to_numpy(tensor.dtype))
     return editor.constant(f"{codes.name}.dequantized", weight)
+
+
+def _spread(part: Array, shape: tuple[int, ...], dequantize: gs.Node) -> Array:
+    """A scale or zero point of a tensor, of its channels or of blocks of them, so that it broadcasts to all values."""
+    axis = int(dequantize.attrs.get("axis", 1))
+    if size := int(dequantize.attrs.get("block_size", 0)):
+        blocks: Array = np.repeat(part, size, axis)
+        return blocks[tuple(map(slice, shape))]
+    if part.size == 1:
+        return part.reshape(())
+    channels = [1] * len(shape)
+    channels[axis] = -1
+    return part.reshape(channels)

@@ -49,6 +49,8 @@ def _obstacle(attention: Attention, keys: Repeat, values: Repeat) -> str:
         return f"its keys are repeated {keys.groups} times, its values {values.groups} times"
     if values.moved is not None:
         return "its values are transposed"
+    batch = (static_shape(attention.qk.inputs[0]) or (0,))[0]
+    heads = (static_shape(keys.source) or (0, 0))[1] * keys.groups
     for tensor in (
         attention.qk.inputs[0],
         attention.qk.outputs[0],
@@ -58,6 +60,8 @@ def _obstacle(attention: Attention, keys: Repeat, values: Repeat) -> str:
         shape = static_shape(tensor)
         if shape is None or len(shape) != 4:
             return f"the shape of {tensor.name!r} is not static"
+        if shape[:2] != (batch, heads):
+            return f"{tensor.name!r} is not of the batch of the queries and of all heads"
     return ""
 
 

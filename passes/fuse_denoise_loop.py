@@ -64,7 +64,7 @@ def _fuse(graph: gs.Graph, loop: StaticLoop, ctx: PassContext, *, unrolled: bool
         assert isinstance(again, StaticLoop)
         loop = again
         ctx.changed(form.node)
-    plan = plan_steps(graph, loop)
+    plan = plan_steps(graph, loop, stacked=not unrolled)
     if plan.obstacle:
         ctx.note(f"what depends on the step in {form.node.name!r} stays computed: {plan.obstacle}")
     if unrolled:

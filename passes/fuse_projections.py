@@ -16,7 +16,7 @@ from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.identity import ValueNumbers
 from pi05c.passes.patterns.linear import Bias, Linear, bias_of, find_linears, readers_of
-from pi05c.passes.patterns.walk import output_ids, static_shape
+from pi05c.passes.patterns.walk import each_node, output_ids, static_shape
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Group:
         return tuple(id(linear.weight) for linear in self.linears)
 
 
-@graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop"))
+@graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop"), min_opset=13)
 def fuse_projections(graph: gs.Graph, ctx: PassContext, *, max_scale_ratio: float = 2.0) -> None:
     """Join the weights of linears that read one tensor (q/k/v, gate/up) and split the result.
 
@@ -67,6 +67,7 @@ def fuse_projections(graph: gs.Graph, ctx: PassContext, *, max_scale_ratio: floa
 def _groups(graph: gs.Graph) -> list[_Group]:
     """Linears over activations of one value, which exporters that flatten for each Gemm compute several times."""
     numbers = {id(scope): ValueNumbers(scope) for scope in scopes(graph)}
+    homes = {id(node): scope for scope, node in each_node(graph)}
     by_activation: dict[tuple[int, int, int], list[Linear]] = defaultdict(list)
     for linear in find_linears(graph):
         scope = id(linear.scope)
@@ -75,7 +76,7 @@ def _groups(graph: gs.Graph) -> list[_Group]:
     for linears in by_activation.values():
         if len(linears) > 1:
             biases = [bias_of(linear) for linear in linears]
-            all_biases = tuple(bias for bias in biases if bias is not None)
+            all_biases = tuple(bias for bias in biases if bias and homes[id(bias.node)] is linears[0].scope)
             found.append(_Group(tuple(linears), all_biases if len(all_biases) == len(linears) else ()))
     return found
 

@@ -16,7 +16,14 @@ from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.attention import Attention, Chunk, attention_operators, find_attention
 from pi05c.passes.patterns.parts import Part, parts_of
 from pi05c.passes.patterns.walk import origin, scalar, static_shape
-from pi05c.passes.quantize import E4M3_MAX, Quantizer, activation_scale, is_quantized, working_precision
+from pi05c.passes.quantize import (
+    E4M3_MAX,
+    Quantizer,
+    activation_scale,
+    is_quantized,
+    precision_obstacle,
+    working_precision,
+)
 
 PROBABILITY_AMAX = 1.0
 """Softmax never exceeds 1, whatever the data, so its scale is 1/448."""
@@ -101,7 +108,8 @@ def _obstacle(attention: Attention) -> str:
         return "it is quantized already" if all(quantized) else "some of its factors are quantized already"
     if any(isinstance(tensor, gs.Constant) for tensor in factors):
         return "one of its factors is a constant"
-    return ""
+    reasons = (precision_obstacle(node) for chunk in attention.chunks for node in (chunk.qk, chunk.av))
+    return next(filter(None, reasons), "")
 
 
 def _scales(attention: Attention, chunk: Chunk, ranges: Ranges) -> _Scales | str:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.compensation import Compensated
-from pi05c.graph.dtypes import FLOAT8E4M3FN, LARGEST, to_numpy
+from pi05c.graph.dtypes import BFLOAT16, FLOAT8E4M3FN, FLOAT16, FLOAT32, LARGEST, name_of, to_numpy
 from pi05c.graph.edit import Editor, producer
 from pi05c.graph.weights import Quantized, Transposed, Weight, weight_of
 from pi05c.passes.patterns.linear import Linear
@@ -135,6 +135,12 @@ def is_quantized(tensor: gs.Tensor) -> bool:
     while node is not None and node.op == "Cast":
         node = producer(node.inputs[0])
     return node is not None and node.op == "DequantizeLinear"
+
+
+def precision_obstacle(node: gs.Node) -> str:
+    """Why what a MatMul or Gemm reads cannot be quantized, empty where nothing speaks against it."""
+    dtype = working_precision(node)
+    return "" if dtype in (FLOAT32, FLOAT16, BFLOAT16) else f"it computes in {name_of(dtype)}"
 
 
 def working_precision(node: gs.Node) -> np.dtype[np.generic] | None:

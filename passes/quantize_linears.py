@@ -22,7 +22,14 @@ from pi05c.passes.patterns.linear import Linear, find_linears
 from pi05c.passes.patterns.named import Named
 from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
-from pi05c.passes.quantize import Quantizer, activation_scale, is_quantized, weight_scale, working_precision
+from pi05c.passes.quantize import (
+    Quantizer,
+    activation_scale,
+    is_quantized,
+    precision_obstacle,
+    weight_scale,
+    working_precision,
+)
 from pi05c.passes.two_terms import TwoTerms
 
 MIN_SIZE = ALIGNMENT = 16
@@ -261,6 +268,8 @@ def _obstacle(linear: Linear, kept: set[int], named: bool) -> str:
         return "it is quantized already"
     if id(linear.node) in kept:
         return "it is an end of the flow, which the recipe keeps in higher precision"
+    if reason := precision_obstacle(linear.node):
+        return reason
     if named:
         return "an option keeps it"
     for size, what in ((linear.rows, "inner"), (linear.columns, "outer")):

@@ -10,11 +10,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.domains import STANDARD_DOMAINS
-from pi05c.graph.dtypes import FLOAT32, is_float, to_numpy, to_onnx
+from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, is_float, to_numpy, to_onnx
 from pi05c.graph.edit import Editor, Names, producer, replace_input
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import array_of, weight_of
-from pi05c.passes.patterns.loop_form import LoopForm
+from pi05c.passes.patterns.loop_form import LoopForm, same_value
+from pi05c.passes.patterns.walk import output_ids
 
 FIXED_INPUTS = {"Resize": {1, 2, 3}, "Loop": {0, 1}, "If": {0}, "Range": {0, 1, 2}}
 """Inputs whose type an operator fixes whatever its data's type is (operator specifications)."""
@@ -78,13 +79,13 @@ class Retyper:
         """
         found = {}
         for index, (entering, leaving) in enumerate((c.entering, c.leaving) for c in form.carried):
-            cast = producer(leaving)
+            cast = producer(same_value(leaving))
             if cast is None or cast.op != "Cast" or not is_float(entering.dtype):
                 continue
             made = producer(cast.inputs[0])
             if made is None or to_numpy(cast.inputs[0].dtype) != dtype or to_numpy(entering.dtype) == dtype:
                 continue
-            if id(cast.inputs[0]) not in self._outputs and id(entering) not in self._outputs:
+            if self._scope_of.get(id(made)) is form.body:
                 found[index] = made
         return found
 
@@ -92,11 +93,17 @@ class Retyper:
         """Hand a value that `narrowed` names from step to step in `dtype`."""
         node, carried = form.node, form.carried[index]
         counted = node.op == "Loop"
-        cast = producer(carried.leaving)
+        cast = producer(same_value(carried.leaving))
         assert cast is not None
         form.body.outputs[index + counted] = cast.inputs[0]
         self._outputs.add(id(cast.inputs[0]))
+        before = carried.entering.dtype
         self._retype(carried.entering, set(), dtype)
+        for scope in scopes(form.body):
+            for place, tensor in enumerate(scope.outputs):
+                if tensor is carried.entering:
+                    scope.outputs[place] = self._cast(tensor, before, scope)
+                    self._outputs.add(id(scope.outputs[place]))
         start = index + 2 * counted
         node.inputs[start] = self._in_type(carried.initial, dtype, form.scope)
         if carried.result.name and id(carried.result) in self._outputs:
@@ -126,6 +133,8 @@ class Retyper:
                 continue
             if node.op == "Cast":
                 node.attrs["to"] = to_onnx(dtype)
+            elif node.op == "DequantizeLinear" and node.attrs.get("output_dtype"):
+                node.attrs["output_dtype"] = to_onnx(dtype)
             if id(tensor) in self._outputs:
                 self._keep_output(node, index, tensor, inside, dtype)
             else:
@@ -260,8 +269,10 @@ def remove_redundant_casts(graph: gs.Graph) -> None:
 
 def each_redundant_cast(graph: gs.Graph) -> Iterator[gs.Node]:
     """As `remove_redundant_casts`; each Cast is given as soon as it is bypassed."""
+    returned = output_ids(graph)
     for scope in scopes(graph):
         outputs = {id(tensor) for tensor in scope.outputs}
+        made = {id(tensor) for node in scope.nodes for tensor in node.outputs}
         for node in scope.nodes:
             if node.op != "Cast" or node.domain not in STANDARD_DOMAINS or not node.inputs:
                 continue
@@ -270,7 +281,8 @@ def each_redundant_cast(graph: gs.Graph) -> Iterator[gs.Node]:
             if above is not None and above.op == "Cast" and _widens(above.inputs[0].dtype, source.dtype):
                 source = above.inputs[0]
             if to_numpy(source.dtype) == target and id(node.outputs[0]) in outputs:
-                if _make_output(node, source, outputs):
+                if id(source) in made and id(source) not in returned:
+                    _make_output(node, source)
                     yield node
             elif to_numpy(source.dtype) == target:
                 for user in list(node.outputs[0].outputs):
@@ -281,19 +293,17 @@ def each_redundant_cast(graph: gs.Graph) -> Iterator[gs.Node]:
                 yield node
 
 
-def _make_output(cast: gs.Node, source: gs.Tensor, outputs: set[int]) -> bool:
-    """Let the producer of `source` make the graph output that a Cast without effect makes of it, if it can."""
+def _make_output(cast: gs.Node, source: gs.Tensor) -> None:
+    """Let the producer of `source` make the output of its scope that a Cast without effect makes of it."""
     above, output = producer(source), cast.outputs[0]
-    if above is None or id(source) in outputs:
-        return False
+    assert above is not None
     cast.inputs.clear()
     cast.outputs.clear()
     above.outputs = [output if tensor is source else tensor for tensor in above.outputs]
     for user in list(source.outputs):
         replace_input(user, source, output)
-    return True
 
 
 def _widens(narrow: Any, wide: Any) -> bool:
-    """Whether every value of one float type is a value of the other: float16 and bfloat16 in float32."""
-    return is_float(narrow) and to_numpy(wide) == FLOAT32 and to_numpy(narrow) != FLOAT32
+    """Whether every value of one float type is a value of the other: float16 and bfloat16 in wider ones."""
+    return to_numpy(narrow) in (FLOAT16, BFLOAT16) and to_numpy(wide) in (FLOAT32, FLOAT64)

@@ -15,7 +15,7 @@ from pi05c.passes.patterns.parts import parts_of
 from pi05c.passes.patterns.walk import static_shape
 
 
-@graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop", "fold_gqa"))
+@graph_pass(exact=True, after=("canonicalize", "fuse_denoise_loop", "fold_gqa"), min_opset=13)
 def split_prefix_attention(graph: gs.Graph, ctx: PassContext) -> None:
     """Split attention over Concat(prefix, suffix) into one pair of MatMuls for each part and one joint softmax.
 
@@ -32,7 +32,7 @@ def split_prefix_attention(graph: gs.Graph, ctx: PassContext) -> None:
             continue
         candidates += 1
         keys, values = _keys(attention), _concat(attention.av.inputs[1], 2)
-        reason = _obstacle(keys, values, parts)
+        reason = _obstacle(attention, keys, values, parts)
         if reason:
             ctx.skip(attention.name, reason)
             continue
@@ -58,12 +58,17 @@ def _concat(tensor: gs.Tensor, axis: int) -> gs.Node | None:
     return node if all(len(static_shape(part) or ()) == 4 for part in node.inputs) else None
 
 
-def _obstacle(keys: gs.Node | None, values: gs.Node | None, parts: Mapping[int, str]) -> str:
+def _obstacle(
+    attention: Attention, keys: gs.Node | None, values: gs.Node | None, parts: Mapping[int, str]
+) -> str:
     if keys is None or values is None:
         return "its keys or values are not a concatenation that it reads directly (fold_gqa first)"
     lengths = [[(static_shape(part) or ())[2] for part in node.inputs] for node in (keys, values)]
     if lengths[0] != lengths[1]:
         return f"its keys are concatenated of {lengths[0]} positions, its values of {lengths[1]}"
+    for tensor in (attention.qk.outputs[0], attention.av.inputs[0], attention.av.outputs[0]):
+        if static_shape(tensor) is None:
+            return f"the shape of {tensor.name!r} is not static"
     made = [producer(part) for part in keys.inputs]
     if all(node is not None and parts.get(id(node)) == "denoise" for node in made):
         return "no part of its keys is the same in all steps"

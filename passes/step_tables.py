@@ -163,9 +163,13 @@ def _count(loop: StaticLoop, editor: Editor) -> None:
 
 
 def _name_outer_outputs(form: LoopForm, editor: Editor) -> None:
-    """Give a name inside the body to what it returns from outside: a body may not return that directly."""
+    """Give a name of its own to what the body returns from outside, which it may not return directly.
+
+    So do those inputs of a Scan's body that it returns: onnxruntime 1.32 hands out memory that nobody wrote in their place.
+    """
     inside = {id(tensor) for node in form.body.nodes for tensor in node.outputs}
-    inside.update(id(tensor) for tensor in form.body.inputs)
+    if form.condition is not None:
+        inside.update(id(tensor) for tensor in form.body.inputs)
     for index, tensor in enumerate(form.body.outputs):
         if isinstance(tensor, gs.Variable) and id(tensor) not in inside:
             name = editor.names.unique(f"{tensor.name}.inside")

@@ -11,9 +11,10 @@ from pi05c.graph.clone import clone_node
 from pi05c.graph.dtypes import to_numpy
 from pi05c.graph.edit import Editor
 from pi05c.graph.runner import Array
+from pi05c.graph.scopes import scopes
 from pi05c.graph.weights import array_of
 from pi05c.passes.loop_edit import hoist, insert_before, redirect
-from pi05c.passes.patterns.dependence import Dependence
+from pi05c.passes.patterns.dependence import NONDETERMINISTIC, Dependence
 from pi05c.passes.patterns.loop_form import Collected, LoopForm, Scanned, position
 from pi05c.passes.patterns.loops import StaticLoop
 from pi05c.passes.patterns.step_plan import StepPlan
@@ -25,6 +26,10 @@ def obstacle_to_unrolling(loop: StaticLoop) -> str | None:
     for part in loop.form.collected if loop.steps == 0 else ():
         if part.result.name and (static_shape(part.element) is None or part.element.dtype is None):
             return f"it runs no step, and the shape of its empty output {part.result.name!r} is not known"
+    for scope in scopes(loop.form.body) if loop.steps > 1 else ():
+        for node in scope.nodes:
+            if node.op in NONDETERMINISTIC and "seed" in node.attrs:
+                return f"{node.name!r} in it goes on in one sequence of random numbers, which each copy would begin anew"
     return None
 
 

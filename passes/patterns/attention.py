@@ -57,6 +57,12 @@ class Attention:
         return self.chunks[0].av
 
     @property
+    def nodes(self) -> tuple[gs.Node, ...]:
+        """All of its nodes, but for what moves the probabilities."""
+        products = (node for chunk in self.chunks for node in (chunk.qk, chunk.av))
+        return (*products, *([self.join] if self.join else []), *self.between, *self.softmax.nodes)
+
+    @property
     def name(self) -> str:
         """The name of the softmax, which names the attention in reports."""
         return str(self.softmax.name)
@@ -75,8 +81,18 @@ def find_attention(graph: gs.Graph) -> tuple[list[Attention], list[NotAttention]
     found: list[Attention] = []
     refused: list[NotAttention] = []
     outputs = output_ids(graph)
+    homes = {id(node): scope for scope, node in each_node(graph)}
     for softmax in find_softmaxes(graph):
         match = _match(softmax, outputs)
+        if isinstance(match, Attention):
+            match = next(
+                (
+                    f"{node.name!r} is in another body"
+                    for node in match.nodes
+                    if homes[id(node)] is not softmax.scope
+                ),
+                match,
+            )
         if isinstance(match, Attention):
             found.append(match)
         else:

@@ -125,6 +125,11 @@ def _along(default: int, crossing: str) -> Callable[[gs.Node, Batched], str]:
     return rule
 
 
+def _norm(node: gs.Node, batched: Batched) -> str:
+    """Weight and bias broadcast to the data."""
+    return _along(-1, _MIXES)(node, batched) or _elementwise(node, batched)
+
+
 def _concat(node: gs.Node, batched: Batched) -> str:
     rank = len(static_shape(node.outputs[0]) or ())
     if len(batched) != len(node.inputs):
@@ -169,8 +174,8 @@ _RULES: dict[str, Callable[[gs.Node, Batched], str]] = {
     "Slice": _slice,
     "Split": _along(0, "splits the batch"),
     "Gather": _along(0, "takes a part of the batch"),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "LayerNormalization"), _along(-1, _MIXES)),
-    "RMSNormalization": _along(-1, _MIXES),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _along(-1, _MIXES)),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
     **dict.fromkeys(
         ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2"), _reduce
     ),

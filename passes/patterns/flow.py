@@ -52,7 +52,7 @@ def find_flow(graph: gs.Graph) -> list[FlowStep]:
         carried = {id(tensor) for tensor in body.inputs}
         for output in body.outputs:
             found.extend(_chain(body, output, carried, repeats=True))
-    return found
+    return list({id(step.add): step for step in found}.values())
 
 
 def flow_linears(graph: gs.Graph) -> tuple[list[Linear], list[Linear]]:

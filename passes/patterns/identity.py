@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN
 from pi05c.graph.weights import weight_of
 from pi05c.passes.patterns.dependence import NONDETERMINISTIC
 
 
 def is_function(node: gs.Node) -> bool:
-    """Whether a node's inputs and attributes settle its result: no body, nothing random."""
-    return node.op not in NONDETERMINISTIC and not list(node.subgraphs())
+    """Whether a node's inputs and attributes settle its result: no body, nothing random.
+
+    What an operator of another tool or a function of the model does is not known: it may draw random numbers.
+    """
+    known = node.domain in STANDARD_DOMAINS or node.domain == TENSORRT_DOMAIN
+    return known and node.op not in NONDETERMINISTIC and not list(node.subgraphs())
 
 
 def fingerprint(constant: gs.Constant) -> Hashable:

@@ -344,14 +344,18 @@ def _lookup(node: gs.Node, outputs: Sequence[Need]) -> Flow:
 
 
 def _normalized(node: gs.Node, outputs: Sequence[Need]) -> Flow:
-    """LayerNormalization, RMSNormalization, Softmax: all along the normalized axes, one by one along the others."""
+    """LayerNormalization, RMSNormalization, Softmax: all along the normalized axes, one by one along the others.
+
+    Weight and bias of a norm broadcast to its data.
+    """
     rank = len(outputs[0])
     first = node.attrs.get("axis", -1) % rank
     many = node.op not in ("Softmax", "LogSoftmax")
     made = tuple(
         None if axis == first or (many and axis > first) else need for axis, need in enumerate(outputs[0])
     )
-    return Flow([made, *(everything(len(shape_of(tensor))) for tensor in node.inputs[1:])], [made])
+    shape = shape_of(node.outputs[0])
+    return Flow([made, *(_aligned(shape_of(tensor), shape, made) for tensor in node.inputs[1:])], [made])
 
 
 def reduced_axes(node: gs.Node) -> list[int] | None:

@@ -33,11 +33,14 @@ class StepPlan:
     obstacle: str = ""
 
 
-def plan_steps(graph: gs.Graph, loop: StaticLoop) -> StepPlan:
+def plan_steps(graph: gs.Graph, loop: StaticLoop, *, stacked: bool = False) -> StepPlan:
     """Compute what depends on the step alone, in every step.
 
     A value that would take more than `SMALL_TABLE_BYTES` for all steps, and more than the constants that it is
     computed from, stays computed. Nothing is edited.
+
+    Args:
+        stacked: the values of all steps are to be one tensor, so that one whose shape changes stays computed too.
     """
     computed: set[int] = set()
     obstacle = ""
@@ -47,6 +50,8 @@ def plan_steps(graph: gs.Graph, loop: StaticLoop) -> StepPlan:
         wanted = list({id(tensor): tensor for tensor in wanted}.values())
         try:
             tables, large = _evaluate(graph, loop, classification, wanted)
+            if stacked:
+                large += [tensor for tensor, values in tables.values() if len({v.shape for v in values}) > 1]
         except Pi05cError as error:
             if obstacle:
                 raise

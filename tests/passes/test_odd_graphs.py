@@ -68,6 +68,30 @@ BOTH_WAYS = """(float[2,8] x, float[2,8] z) => (float[2,8] y, float[2,8] v) {
   v = Tanh(scaled_b)
 }"""
 
+REPEATED = {
+    "axis": np.array([2]),
+    "size": np.array([1, 1, 2, 1, 1]),
+    "heads": np.array([0, 4, 5, 8]),
+    "mask": normal(9, 2, 1, 3, 5),
+}
+
+
+def repeated_heads(q: tuple[int, ...], k: tuple[int, ...], mask: tuple[int, ...]) -> str:
+    batch = max(shape[0] for shape in (q, k, mask or q))
+    shapes = [",".join(map(str, shape)) for shape in (q, k, (batch, 4, q[2], 8))]
+    masked = "Add(logits, mask)" if mask else "Identity(logits)"
+    return f"""(float[{shapes[0]}] q, float[{shapes[1]}] k) => (float[{shapes[2]}] y) {{
+      raised = Unsqueeze(k, axis)
+      many = Expand(raised, size)
+      keys = Reshape(many, heads)
+      turned = Transpose<perm=[0,1,3,2]>(keys)
+      logits = MatMul(q, turned)
+      masked = {masked}
+      probs = Softmax<axis=-1>(masked)
+      y = MatMul(probs, keys)
+    }}"""
+
+
 CASES = [
     Odd(
         "drop_dead_prefix",
@@ -179,6 +203,149 @@ CASES = [
           y = MatMul(probs, x)
         }""",
         {"w": normal(1, 4, 4), "c": np.float32(0.5)},
+    ),
+    *(
+        Odd(
+            "drop_dead_prefix",
+            f"rows of a {which} of a norm",
+            """(float[2,5,8] x) => (float[2,1,4] y) {
+              normed = LayerNormalization(x, gain, bias)
+              made = MatMul(normed, w)
+              y = Slice(made, start, end, axis)
+            }""",
+            {
+                "w": normal(1, 8, 4),
+                "gain": normal(2, 5, 8) if which == "weight" else normal(2, 8),
+                "bias": normal(3, 2, 5, 8) if which == "bias" else normal(3, 8),
+                "start": np.array([1]),
+                "end": np.array([2]),
+                "axis": np.array([1]),
+            },
+        )
+        for which in ("weight", "bias")
+    ),
+    Odd(
+        "batch_views",
+        "a norm whose weight has an entry for each of the batch",
+        """(float[2,3,8,8] a, float[2,3,8,8] b) => (float[2,4,6,6] y, float[2,4,6,6] z) {
+          seen_a = Conv(a, w)
+          seen_b = Conv(b, w)
+          y = LayerNormalization(seen_a, gain)
+          z = LayerNormalization(seen_b, gain)
+        }""",
+        {"w": normal(1, 4, 3, 3, 3), "gain": normal(2, 2, 1, 1, 6)},
+    ),
+    *(
+        Odd(
+            "fold_gqa",
+            f"queries {q} for keys {k}{' and a mask' * bool(mask)}",
+            repeated_heads(q, k, mask),
+            REPEATED,
+        )
+        for q, k, mask in (
+            ((1, 4, 3, 8), (2, 2, 5, 8), ()),
+            ((2, 1, 3, 8), (2, 2, 5, 8), ()),
+            ((2, 4, 3, 8), (1, 2, 5, 8), ()),
+            ((1, 4, 3, 8), (1, 2, 5, 8), (2, 1, 3, 5)),
+        )
+    ),
+    Odd(
+        "fold_gqa",
+        "a softmax in a body",
+        """(float[1,4,3,8] q, float[1,2,5,8] k, bool c) => (float[1,4,3,8] y) {
+          raised = Unsqueeze(k, axis)
+          many = Expand(raised, size)
+          keys = Reshape(many, heads)
+          turned = Transpose<perm=[0,1,3,2]>(keys)
+          logits = MatMul(q, turned)
+          y = If(c)<
+            then_branch = yes () => (float[1,4,3,8] a) { probs = Softmax<axis=-1>(logits) a = MatMul(probs, keys) },
+            else_branch = no () => (float[1,4,3,8] b) { b = Neg(q) }
+          >
+        }""",
+        {"axis": np.array([2]), "size": np.array([1, 2, 2, 5, 8]), "heads": np.array([1, 4, 5, 8])},
+    ),
+    Odd(
+        "split_prefix_attention",
+        "rows that only a run knows",
+        """(float[1,r,8] x, float[1,1,2,8] a, float[1,1,3,8] b) => (float[1,r,8] y) {
+          made = MatMul(x, w)
+          query = Reshape(made, apart)
+          turned_query = Transpose<perm=[0,2,1,3]>(query)
+          first = Tanh(a)
+          second = Tanh(b)
+          keys = Concat<axis=2>(first, second)
+          turned = Transpose<perm=[0,1,3,2]>(keys)
+          logits = MatMul(turned_query, turned)
+          probs = Softmax<axis=-1>(logits)
+          mixed = MatMul(probs, keys)
+          back = Transpose<perm=[0,2,1,3]>(mixed)
+          flat = Reshape(back, together)
+          v = MatMul(flat, w)
+          moved = Mul(v, dt)
+          y = Add(x, moved)
+        }""",
+        {
+            "w": normal(1, 8, 8),
+            "apart": np.array([1, -1, 1, 8]),
+            "together": np.array([1, -1, 8]),
+            "dt": np.float32(-0.1),
+        },
+    ),
+    Odd(
+        "fuse_projections",
+        "biases that bodies add",
+        """(float[2,8] x, bool c) => (float[2,8] y) {
+          first = MatMul(x, w)
+          second = MatMul(x, v)
+          y = If(c)<
+            then_branch = yes () => (float[2,8] a) { a = Add(first, b) },
+            else_branch = no () => (float[2,8] d) { d = Add(second, e) }
+          >
+        }""",
+        {"w": normal(1, 8, 8), "v": normal(2, 8, 8), "b": normal(3, 8), "e": normal(4, 8)},
+    ),
+    Odd(
+        "canonicalize",
+        "a body that returns a Cast of what lies outside",
+        """(float[2,8] x, bool c) => (float[2,8] y) {
+          outside = Tanh(x)
+          y = If(c)<
+            then_branch = yes () => (float[2,8] a) { a = Cast<to=1>(outside) },
+            else_branch = no () => (float[2,8] b) { b = Neg(x) }
+          >
+        }""",
+    ),
+    Odd(
+        "disable_conv2d_quant",
+        "a weight with a scale for each block",
+        """(float[1,5,4,4] x) => (float[1,8,4,4] y) {
+          kernel = DequantizeLinear<axis=1, block_size=2>(w, scales, points)
+          y = Conv(x, kernel)
+        }""",
+        {
+            "w": np.arange(-20, 20, dtype=np.int8).reshape(8, 5, 1, 1),
+            "scales": np.abs(normal(1, 8, 3, 1, 1)) + np.float32(0.1),
+            "points": np.arange(24, dtype=np.int8).reshape(8, 3, 1, 1),
+        },
+    ),
+    Odd(
+        "disable_conv2d_quant",
+        "a zero point that only a run knows",
+        """(float[1,5,4,4] x, int8 point) => (float[1,8,4,4] y) {
+          kernel = DequantizeLinear(w, scale, point)
+          y = Conv(x, kernel)
+        }""",
+        {"w": np.arange(-20, 20, dtype=np.int8).reshape(8, 5, 1, 1), "scale": np.float32(0.1)},
+    ),
+    Odd(
+        "disable_conv2d_quant",
+        "a zero point that is left out",
+        """(float[1,5,4,4] x) => (float[1,8,4,4] y) {
+          kernel = DequantizeLinear(w, scale,)
+          y = Conv(x, kernel)
+        }""",
+        {"w": np.arange(-20, 20, dtype=np.int8).reshape(8, 5, 1, 1), "scale": np.float32(0.1)},
     ),
     Odd(
         "fold_scales",
@@ -336,3 +503,116 @@ def test_what_states_its_own_type_keeps_it() -> None:
     (made,) = (node for node in model.graph.nodes if node.op == "ConstantOfShape")
     assert to_numpy(made.outputs[0].dtype) == np.float32
     assert problems(model) == []
+
+
+@pytest.mark.parametrize("mode", ["unroll", "loop"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        """(float[4] x) => (float[4] y) {
+          y, grown = Loop(three, true, x, one)<body = step (int64 i, bool c, float[4] s, float[m] growing)
+            => (bool on, float[4] added, float[n] more) {
+              on = Identity(c)
+              more = Concat<axis=0>(growing, one)
+              first = Slice(s, start, end)
+              products = Mul(growing, first)
+              total = ReduceSum<keepdims=0>(products)
+              added = Add(s, total)
+            }>
+        }""",
+        """(float[3] x) => (float[3] y, float[3,3] squares) {
+          y, squares = Scan<num_scan_inputs=1, scan_input_directions=[1], body = step (float[3] s, float[3] row)
+            => (float[3] added, float[3] square) { added = Add(s, row) square = Mul(row, row) }>(x, rows)
+        }""",
+    ],
+    ids=["a value whose shape changes", "a value of the step that is stacked"],
+)
+def test_loops_keep_their_numbers(mode: str, text: str) -> None:
+    weights = {
+        "three": np.array(3),
+        "true": np.array(True),
+        "one": np.float32([1]),
+        "start": np.array([0]),
+        "end": np.array([1]),
+        "rows": normal(3, 3, 3),
+    }
+    proto = graph_text(f"g {text}", weights)
+    after = editable(proto)
+    run_pass(after, "fuse_denoise_loop", mode=mode)
+    inputs = seeded_inputs(proto, 5)
+    assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6
+
+
+def test_a_loop_that_draws_from_one_sequence_of_random_numbers_stays() -> None:
+    proto = graph_text(
+        """
+        g (float[4] x) => (float[4] y) {
+          y = Loop(two, true, x)<body = step (int64 i, bool c, float[4] s) => (bool on, float[4] added) {
+            on = Identity(c)
+            drawn = RandomNormal<seed=1.0, shape=[4]>()
+            added = Add(s, drawn)
+          }>
+        }""",
+        {"two": np.array(2), "true": np.array(True)},
+    )
+    result = run_pass(editable(proto), "fuse_denoise_loop")
+    assert result.changes == ()
+    assert "random numbers" in result.skips[0].reason
+
+
+def test_functions_that_may_draw_random_numbers_are_called_as_often_as_before() -> None:
+    noise = [helper.make_node("RandomNormalLike", ["x"], ["r"]), helper.make_node("Add", ["x", "r"], ["y"])]
+    function = helper.make_function("own", "Noisy", ["x"], ["y"], noise, [helper.make_opsetid("", 21)])
+    proto = graph_text("g (float[4] x) => (float[4] y) { a = Neg(x) b = Neg(x) y = Sub(a, b) }")
+    for node in proto.graph.node[:2]:
+        node.domain, node.op_type = "own", "Noisy"
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    proto.functions.append(function)
+    model = editable(proto)
+    run(model, parse("exact", PRESETS))
+    assert [node.op for node in model.graph.nodes] == ["Noisy", "Noisy", "Sub"]
+
+
+@pytest.mark.parametrize("passes", ["exact", "fp16", "default"])
+def test_what_float32_rounds_between_casts_from_float64_stays_rounded(passes: str) -> None:
+    proto = graph_text(
+        """
+        g (double[2] x) => (double[2] y) {
+          narrow = Cast<to=1>(x)
+          wide = Cast<to=11>(narrow)
+          y = Neg(wide)
+        }"""
+    )
+    model = editable(proto)
+    run(model, parse(passes, PRESETS))
+    inputs = {"x": np.array([1e300, 1 + 1e-12])}
+    assert (
+        outputs_of(model, inputs)["y"].tolist() == outputs_of(proto, inputs)["y"].tolist() == [-np.inf, -1.0]
+    )
+
+
+def test_float64_is_not_quantized() -> None:
+    proto = graph_text(
+        """
+        g (double[1,2,16,16] x) => (double[1,2,16,16] y) {
+          made = MatMul(x, w)
+          turned = Transpose<perm=[0,1,3,2]>(made)
+          logits = MatMul(x, turned)
+          probs = Softmax<axis=-1>(logits)
+          y = MatMul(probs, made)
+        }""",
+        {"w": normal(1, 16, 16, dtype=np.float64)},
+    )
+    model = editable(proto)
+    ranges = ranges_of(dict.fromkeys(("x", "made", "turned"), (-4.0, 4.0)))
+    results = run(model, parse("default", PRESETS), calibrate=lambda *_: ranges)
+    assert not any(result.rewrites for result in results)
+    assert [skip.reason for skip in results[-4].skips] == ["it computes in float64"]
+    assert [skip.reason for skip in results[-3].skips] == ["it computes in float64"]
+
+
+@pytest.mark.parametrize("name", ["fuse_projections", "batch_views", "split_prefix_attention"])
+def test_a_pass_by_itself_raises_the_opset_to_the_one_that_it_writes(name: str) -> None:
+    model = editable(graph_text("g (float[2,8] x) => (float[2,8] y) { y = Tanh(x) }", opset=11))
+    run_pass(model, name)
+    assert model.graph.opset == 13  # from which on Split takes its sizes as an input
