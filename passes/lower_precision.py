@@ -14,7 +14,7 @@ from pi05c.graph.edit import producer
 from pi05c.graph.ranges import Ranges, bounding_tensors
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.walk import QDQ, constant, each_node
+from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, scalar
 from pi05c.passes.retype import CONTROL_FLOW, Retyper, others_than, remove_redundant_casts, takes
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
@@ -23,10 +23,27 @@ SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 SCALE_ERROR = 2.0**-8
 """Relative error that rounding may give a quantizer's scale: a sixteenth of E4M3's half step, 2^-4."""
 
-_OF_STATED_TYPE = frozenset(
+_FILLING = frozenset(
     {"ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
-"""Operators whose attribute says of which type their result is."""
+"""Operators whose values come from none that are given."""
+
+_OF_STATED_TYPE = _FILLING | frozenset(
+    {"Bernoulli", "BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix", "BitCast", "Range"}
+)
+"""Operators whose attribute, or whose inputs of a type that is fixed, say of which type their result is."""
+
+_COMPARED = frozenset({"Equal", "OneHot", "Mod", "Floor", "Ceil", "Round"})
+"""Operators on floats that stand for whole numbers, which 16 bits merge beyond their significand."""
+
+_OF_A_GUARD = frozenset({"Sqrt", "Pow", "Reciprocal", "Exp"})
+"""Operators behind a summand or bound that keeps a number away from zero, whose result is as small or as large."""
+
+WHOLE = {FLOAT16: 2048.0, BFLOAT16: 256.0}
+"""Up to here every whole number is one of the type (IEEE 754 binary16; bfloat16)."""
+
+SMALLEST = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}
+"""What is not larger than this becomes zero in the type: half of its smallest subnormal number."""
 
 _PRODUCTS = ("Mul", "Div", "MatMul", "Gemm", "Conv", "Einsum")
 """Operators whose result is as inaccurate as their least accurate factor, however small that is."""
@@ -36,19 +53,28 @@ def _computed_tensors(graph: gs.Graph, **options: object) -> Iterator[gs.Tensor]
     """What arithmetic makes in float32; values that are only moved have the range of what they come from."""
     yield from (tensor for tensor in graph.inputs if to_numpy(tensor.dtype) == FLOAT32)
     for _, node in each_node(graph):
-        if node.op in CONTROL_FLOW:
+        if node.op in CONTROL_FLOW or node.op in _FILLING:
             continue
         for tensor in node.outputs:
             if (
-                to_numpy(tensor.dtype) == FLOAT32
-                and bounding_tensors(tensor) is None
-                and _is_float_made(node)
+                tensor.name
+                and to_numpy(tensor.dtype) == FLOAT32
+                and not _is_sequence(tensor)
+                and not _is_bounded(tensor)
             ):
                 yield tensor
 
 
-def _is_float_made(node: gs.Node) -> bool:
-    return any(to_numpy(tensor.dtype) == FLOAT32 for tensor in node.inputs)
+def _is_sequence(tensor: gs.Tensor) -> bool:
+    return getattr(tensor, "type", "tensor_type") != "tensor_type"
+
+
+def _is_bounded(tensor: gs.Tensor) -> bool:
+    """Whether the range of a tensor follows from that of others that are measured, of constants, or from its operator."""
+    sources = bounding_tensors(tensor)
+    return sources is not None and all(
+        isinstance(source, gs.Constant) or to_numpy(source.dtype) == FLOAT32 for source in sources
+    )
 
 
 @graph_pass(
@@ -66,8 +92,10 @@ def lower_precision(
     A node stays in float32 where a measured output, or a constant that it reads, times `headroom` exceeds the
     largest 16-bit number, or where its output or a factor that it multiplies is so small everywhere that it would
     be subnormal. So does one that reads a value of unknown range from a node that stays, a quantizer, with its
-    MatMul, whose scale 16 bits would round too far, and an operator that has no such type. Without ranges only
-    constants guard. Constants are not rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original
+    MatMul, whose scale 16 bits would round too far, an operator that has no such type or states another, and one
+    that compares or rounds whole numbers which 16 bits do not hold. Where a constant that keeps a number away from
+    zero would become zero itself, as 1e-12 in float16, everything stays up to the division or logarithm. Without
+    ranges only constants guard. Constants are not rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original
     value; `canonicalize` bakes the casts that are left. Values carried by Loop, Scan and If keep their type.
     """
     dtype = FLOAT16 if to == "float16" else BFLOAT16
@@ -75,7 +103,7 @@ def lower_precision(
     if ctx.ranges is None:
         ctx.note("no ranges: nothing guards activations against overflow except constants")
     low = []
-    stuck, kept = _stuck_quantizers(graph, dtype), set[int]()
+    stuck, kept, guarded = _stuck_quantizers(graph, dtype), set[int](), set[int]()
     for _, node in each_node(graph):
         if not any(
             to_numpy(tensor.dtype) == FLOAT32 for tensor in (*node.inputs, *node.outputs) if tensor.name
@@ -84,10 +112,17 @@ def lower_precision(
         if node.op in CONTROL_FLOW:
             ctx.skip(node, f"{node.op} carries values whose type its body fixes")
             continue
-        reason = _obstacle(node, ranges, dtype, headroom, stuck) or _follows(node, kept)
+        if any(map(_is_sequence, (*node.inputs, *node.outputs))):
+            ctx.skip(node, "it puts tensors into a sequence or takes them out")
+            kept.update(id(t) for t in node.outputs if ranges.amax(t) is None)
+            continue
+        guard = _guards(node, dtype) or _follows(node, guarded, ", which is kept away from zero")
+        reason = _obstacle(node, ranges, dtype, headroom, stuck) or guard or _follows(node, kept)
         if reason:
             ctx.skip(node, reason)
             kept.update(id(t) for t in node.outputs if id(node) in stuck or ranges.amax(t) is None)
+            if guard and (_guards(node, dtype) or _hands_on(node)):
+                guarded.update(id(t) for t in node.outputs)
         elif node.op in _OF_STATED_TYPE:
             ctx.skip(node, f"{node.op} makes values of the type that it states")
             kept.update(id(t) for t in node.outputs if ranges.amax(t) is None)
@@ -139,12 +174,31 @@ def _obstacle(node: gs.Node, ranges: Ranges, dtype: np.dtype[Any], headroom: flo
         counts = node.op in _PRODUCTS or any(tensor is output for output in node.outputs)
         if counts and 0 < amax < SMALLEST_NORMAL[dtype]:
             return f"{tensor.name!r} stays below {amax:.3g}, where {dtype} loses precision"
+        if node.op in _COMPARED and amax > WHOLE[dtype]:
+            return f"{tensor.name!r} reaches {amax:.3g}, where {dtype} has not every whole number"
     return ""
 
 
-def _follows(node: gs.Node, kept: set[int]) -> str:
+def _follows(node: gs.Node, kept: set[int], why: str = ", which stays in float32") -> str:
     found = next((tensor for tensor in node.inputs if id(tensor) in kept), None)
-    return "" if found is None else f"it reads {found.name!r}, which stays in float32"
+    return "" if found is None else f"it reads {found.name!r}{why}"
+
+
+def _guards(node: gs.Node, dtype: np.dtype[Any]) -> str:
+    """Whether a node keeps values away from zero by a constant that is zero in `dtype`: 1e-12 before a division."""
+    if node.op not in ("Add", "Max", "Clip"):
+        return ""
+    for tensor in node.inputs:
+        value = scalar(tensor)
+        if value is not None and 0 < value <= SMALLEST[dtype]:
+            return f"{tensor.name!r}, {value:.3g}, would be zero in {dtype}"
+    return ""
+
+
+def _hands_on(node: gs.Node) -> bool:
+    """Whether a value close to zero is close to zero, or very large, behind a node too."""
+    by_constant = node.op in ("Mul", "Div") and any(scalar(tensor) is not None for tensor in node.inputs)
+    return node.op in _OF_A_GUARD or node.op in MOVING or by_constant
 
 
 def _stuck_quantizers(graph: gs.Graph, dtype: np.dtype[Any]) -> set[int]:
