@@ -13,7 +13,6 @@ from random_graphs import Generated
 
 from pi05c.calibration import measure_ranges
 from pi05c.graph.check import problems
-from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model
 from pi05c.graph.ranges import Ranges
 from pi05c.passes import PRESETS
@@ -55,34 +54,22 @@ def exact_passes_keep_outputs(graph: Generated) -> None:
 
 
 def is_valid_after(pipeline: str, graph: Generated) -> None:
-    """The graph is valid and runs, finite where it was, or the refusal is one sentence."""
+    """The graph is valid and runs, finite where it was; none is refused."""
     model = editable(graph.proto)
     samples = Samples.of([graph.inputs])
     steps = parse(pipeline, PRESETS)
     ranges: Ranges | None = None
-    try:
-        for index, step in enumerate(steps):
-            if step.spec.ranges is not None and ranges is None:
-                only = samples.only(tensor.name for tensor in model.graph.inputs)
-                needed = wanted(model, steps[index:])
-                ranges = measure_ranges(model, needed.tensors, only, rows=needed.rows, threads=1)
-            run(model, [step], calibrate=lambda *_, known=ranges: known)
-    except Pi05cError as error:
-        is_one_sentence(error)
-        return
+    for index, step in enumerate(steps):
+        if step.spec.ranges is not None and ranges is None:
+            only = samples.only(tensor.name for tensor in model.graph.inputs)
+            needed = wanted(model, steps[index:])
+            ranges = measure_ranges(model, needed.tensors, only, rows=needed.rows, threads=1)
+        run(model, [step], calibrate=lambda *_, known=ranges: known)
     assert problems(model) == []
     outputs = outputs_of(model, graph.inputs)
     for name, values in outputs_of(graph.proto, graph.inputs).items():
         if np.isfinite(values.astype(np.float64)).all():
             assert np.isfinite(outputs[name].astype(np.float64)).all(), f"{name} is not finite"
-
-
-def is_one_sentence(error: Pi05cError) -> None:
-    """Whether a message is for people: one line that says something."""
-    text = str(error)
-    assert text
-    assert "\n" not in text
-    assert "Traceback" not in text
 
 
 def twice_is_once(pipeline: str, graph: Generated) -> None:

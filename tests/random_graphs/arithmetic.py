@@ -20,7 +20,7 @@ from random_graphs.core import (
 class Arithmetic(Core):
     def elementwise(self, x: T) -> T:
         for _ in range(self.rng.randint(1, 3)):
-            kind = self.rng.choice(("unary", "number", "vector", "tensor", "clip", "where"))
+            kind = self.rng.choice(("unary", "number", "vector", "tensor", "clip", "where", "unit"))
             if kind == "unary":
                 x = self.wide(
                     self.rng.choice(("Relu", "Tanh", "Neg", "Sigmoid", "Abs", "Sin", "Softplus")), x
@@ -41,10 +41,24 @@ class Arithmetic(Core):
                 x = self.same(
                     "Clip", x, low, *([self.scalar(2.0)] if low is None or self.chance(0.5) else [])
                 )
+            elif kind == "unit":
+                x = self.unit(x)
             else:
                 flag = self.store(self.values.random(x.width) < 0.5)
                 x = self.node("Where", [flag, x, self.scalar(0.0)], (x.dtype, x.shape))
         return x
+
+    def unit(self, x: T) -> T:
+        """Rows divided by their length, which a constant that float16 does not hold keeps from zero."""
+        if x.dtype != FLOAT:
+            return x
+        if self.chance(0.5):
+            x = self.binary("Mul", x, self.store(np.zeros(x.width, np.float32)))
+        axes = {"axes": [-1]} if self.opset < 18 else {}
+        inputs = [x] if axes else [x, self.ints(-1)]
+        size = self.node("ReduceL2", inputs, (x.dtype, (*x.shape[:-1], 1)), keepdims=1, **axes)
+        op = self.rng.choice(("Clip", "Max", "Add"))
+        return self.binary("Div", x, self.same(op, size, self.scalar(1e-12)))
 
     def detour(self, x: T) -> T:
         """Something that gives back what it was given, or the like."""
@@ -92,13 +106,21 @@ class Arithmetic(Core):
     def through_sequence(self, x: T) -> T:
         """torch's `chunk` as older exporters write it."""
         name = self.new_name()
+        if self.chance(0.3):
+            empty, full = self.new_name(), self.new_name()
+            self.scope.nodes += [
+                helper.make_node("SequenceEmpty", [], [empty], f"empty {name}", dtype=x.dtype),
+                helper.make_node("SequenceInsert", [empty, x.name], [full], f"insert {name}"),
+            ]
+            made: T = self.node("SequenceAt", [T(full, 0, ()), self.store(np.int64(0))], (x.dtype, x.shape))
+            return made
         half = self.store(np.int64(x.width // 2))
         self.scope.nodes.append(
             helper.make_node("SplitToSequence", [x.name, half.name], [name], f"split {name}", axis=2)
         )
-        made = (x.dtype, (*x.shape[:2], x.width // 2))
+        piece = (x.dtype, (*x.shape[:2], x.width // 2))
         sequence = T(name, 0, ())
-        parts = [self.node("SequenceAt", [sequence, self.store(np.int64(i))], made) for i in (0, 1)]
+        parts = [self.node("SequenceAt", [sequence, self.store(np.int64(i))], piece) for i in (0, 1)]
         return self.concat(2, *parts)
 
     def quantized(self, x: T) -> T:
@@ -111,6 +133,8 @@ class Arithmetic(Core):
         point = self.store(np.full(scale.shape, 128 if kind == UINT8 else 0, numpy_type(kind)))
         attrs = {"axis": 2} if channels else {}
         codes = self.node("QuantizeLinear", [x, scale, point], (kind, x.shape), **attrs)
+        if self.opset > 22 and self.chance(0.3):
+            attrs["output_dtype"] = x.dtype
         return self.node("DequantizeLinear", [codes, scale, point], (x.dtype, x.shape), **attrs)  # type: ignore[no-any-return]
 
     def function(self, x: T) -> T:

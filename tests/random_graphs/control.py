@@ -58,9 +58,14 @@ class Control(Attention, Arithmetic):
     def if_(self, x: T, depth: int) -> T:
         condition = self.condition()
         branches = []
+        begun = self.rng.choice((None, None, None, self.linears_apart, self.attention_apart))
+        finish = None if begun is None else begun(x)
         for _ in range(2):
             with self.body() as scope:
-                made = self.same("Identity", x) if self.chance(0.2) else self.inside(x, depth)
+                if finish is not None and self.chance(0.7):
+                    made = finish()
+                else:
+                    made = self.same("Identity", x) if self.chance(0.2) else self.inside(x, depth)
                 branches.append(self.graph(scope, [], [self.value(made, shaped=self.chance(0.5))]))
         if self.chance(0.5):
             _call_alike(*branches)
@@ -68,6 +73,32 @@ class Control(Attention, Arithmetic):
             "If", [condition], (x.dtype, x.shape), then_branch=branches[0], else_branch=branches[1]
         )
         return result
+
+    def linears_apart(self, x: T) -> Callable[[], T]:
+        """Linears whose biases a body adds."""
+        products = [self.by_matmul(x, x.width) for _ in range(2)]
+        return lambda: self.binary("Add", self.rng.choice(products), self.weight(x.width, scale=0.1))
+
+    def attention_apart(self, x: T) -> Callable[[], T]:
+        """Attention of which a body holds the second half."""
+        heads, size = self.rng.choice((1, 2)), self.rng.choice((2, 4))
+        groups = self.rng.choice((1, 2))
+        query = self.heads(self.linear(x, heads * groups * size), heads * groups)
+        keys = self.repeated(self.heads(self.linear(x, heads * size), heads), groups)
+        if keys.shape[1] != query.shape[1]:
+            query = self.heads(self.linear(x, size), 1)
+        logits = self.matmul(query, self.transpose(keys, 0, 1, 3, 2))
+        within = self.rng.choice(("softmax", "product"))
+        probs = self.softmax(logits) if within == "product" else None
+
+        def finish() -> T:
+            mixed = self.matmul(self.softmax(logits) if probs is None else probs, keys)
+            width = mixed.shape[1] * mixed.shape[3]
+            return self.by_matmul(
+                self.reshape(self.transpose(mixed, 0, 2, 1, 3), *x.shape[:2], width), x.width
+            )
+
+        return finish
 
     def loop(self, x: T, depth: int) -> T:
         return self.looped(x, lambda carried: self.inside(carried, depth))
@@ -142,7 +173,7 @@ class Control(Attention, Arithmetic):
             else:
                 still = self.same("Identity", ongoing)
             if self.chance(0.3):
-                left.append(self.same("Neg", made))
+                left.append(self.rng.choice((self.same("Neg", made), made, carried)))
                 scanned = True
             else:
                 scanned = False
@@ -168,7 +199,7 @@ class Control(Attention, Arithmetic):
             after = self.wide("Tanh", mixed)
             if self.chance(0.5):
                 after = self.binary("Mul", after, self.weight(x.width, scale=1.0))
-            out = self.same("Identity", after)
+            out = row if self.chance(0.2) else self.same("Identity", after)
             infos = [self.value_exact(t) for t in (held, row)]
             body = self.graph(scope, infos, [self.value_exact(t) for t in (after, out)])
         first = self.slice(x, 0, 0, 1)

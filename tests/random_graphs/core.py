@@ -391,6 +391,12 @@ class Core:
         ids = self.input("tokens", INT64, [self.batch_dim(), self.row_dim()], tokens)
         table = self.weight(7, x.width, scale=1.0)
         rows = self.node("Gather", [table, ids], (x.dtype, x.shape))
+        if self.chance(0.3) and x.dtype == FLOAT:  # numbers beyond float16
+            counts = self.values.integers(0, 2**20, (self.batch, self.rows, 1))
+            numbers = self.input("counts", INT64, [self.batch_dim(), self.row_dim(), 1], counts)
+            rows = self.binary(
+                "Add", rows, self.binary("Mul", self.cast(numbers, FLOAT), self.scalar(2.0**-10))
+            )
         return self.binary("Add", rows, x)
 
     def block(self, x: T, depth: int = 0) -> T:

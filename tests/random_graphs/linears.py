@@ -224,7 +224,10 @@ class Linears(Core):
         return self.biased(self.rms(x, centre=True))
 
     def norm_operator(self, x: T) -> T:
-        weight = self.weight(x.width, scale=1.0)
+        shapes = [(x.width,)]
+        if len(x.shape) == 3 and not (self.dynamic_batch or self.dynamic_rows):  # they broadcast to the data
+            shapes += [x.shape[1:], (x.shape[0], 1, x.width)]
+        weight = self.weight(*(self.rng.choice(shapes) if self.chance(0.2) else shapes[0]), scale=1.0)
         if self.has("RMSNormalization") and self.chance(0.5):
             return self.same("RMSNormalization", x, weight, axis=-1, epsilon=EPSILON)
         bias = self.weight(x.width, scale=0.1) if self.chance(0.5) else None
