@@ -101,9 +101,10 @@ def vocabulary_of(manifest: Manifest) -> int | None:
     """Number of token ids of the model that a folder was compiled from, where its exporter wrote it."""
     config = manifest.source.config
     try:
-        return int(config["architecture"]["llm"]["vocab_size"])
-    except (TypeError, KeyError, ValueError):
+        size = int(config["architecture"]["llm"]["vocab_size"])
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None
+    return size if size > 0 else None
 
 
 __all__ = ["Contract", "vocabulary_of"]

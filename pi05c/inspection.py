@@ -16,6 +16,7 @@ from pi05c.backend.signature import TensorSpec
 from pi05c.folder import GRAPH
 from pi05c.graph.check import load_valid
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
+from pi05c.graph.errors import Pi05cError, shortened
 from pi05c.graph.io import Model, scopes
 from pi05c.graph.specialization import FixedInput, fixed_inputs
 from pi05c.graph.weights import weight_of
@@ -113,10 +114,19 @@ def tensor_records(tensors: list[gs.Tensor]) -> list[TensorRecord]:
 
 
 def spec_of_record(record: TensorRecord) -> TensorSpec:
-    """What a manifest says of a tensor, as a specification."""
+    """What a manifest says of a tensor, as a specification.
+
+    Raises:
+        Pi05cError: there is no such type.
+    """
     named = {"float32": "FLOAT", "float64": "DOUBLE"}.get(record.dtype, record.dtype.upper())
-    dtype = to_numpy(onnx.TensorProto.DataType.Value(named))
-    assert dtype is not None
+    types = onnx.TensorProto.DataType
+    dtype = to_numpy(types.Value(named)) if named in types.keys() else None  # noqa: SIM118 - no mapping
+    if dtype is None:
+        raise Pi05cError(
+            f"tensor {shortened(record.name)} is said to hold {shortened(record.dtype)}, which is no element type: compile "
+            "the folder again"
+        )
     return TensorSpec(
         record.name, dtype, tuple(dim if isinstance(dim, int) else None for dim in record.shape)
     )

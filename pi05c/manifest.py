@@ -16,12 +16,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from pi05c.backend.inductor import INDUCTOR
 from pi05c.folder import CHECKPOINT, MANIFEST, PACKAGE, PLAN
-from pi05c.graph.errors import Pi05cError, unreadable
+from pi05c.graph.errors import Pi05cError, shortened, unreadable
 
 FORMAT: Final = 3
 """Raised whenever an older pi05c could not read what this one writes."""
@@ -53,6 +55,9 @@ def _inside(name: str) -> str:
 
 PathInside = Annotated[str, AfterValidator(_inside)]
 
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+"""A size as ONNX has it."""
+
 
 class FileRecord(_Record):
     """A file of the folder."""
@@ -71,10 +76,17 @@ class TensorRecord(_Record):
 
     name: str
     dtype: str
-    shape: list[int | str]
-    low: float | None = None
-    high: float | None = None
+    shape: list[Size | str]
+    low: Number | None = None
+    high: Number | None = None
     fixed: list[bool | None] | None = None
+
+    @model_validator(mode="after")
+    def _fixes_each_element(self) -> TensorRecord:
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        if self.fixed is not None and (sizes != self.shape or len(self.fixed) != math.prod(sizes)):
+            raise ValueError(f"{len(self.fixed)} values are fixed of a tensor of shape {self.shape}")
+        return self
 
     @property
     def fed(self) -> bool:
@@ -122,7 +134,7 @@ class CostRecord(_Record):
     activation_bytes: int
     kernels: int
     operators: int
-    seconds: float | None
+    seconds: Number | None
 
 
 class PassRecord(_Record):
@@ -137,7 +149,7 @@ class PassRecord(_Record):
     changed: int
     skipped: list[SkipRecord]
     notes: list[str]
-    seconds: float
+    seconds: Number
     nodes_before: int
     nodes_after: int
     cost: list[CostRecord] = Field(default_factory=list)
@@ -204,8 +216,8 @@ class ErrorRecord(_Record):
     sample: int
     output: str
     relative_l2: Number
-    cosine: float
-    sqnr_db: float | None
+    cosine: Number
+    sqnr_db: Number | None
     max_abs: Number
 
 
@@ -270,7 +282,7 @@ class QuantizerRecord(_Record):
     layer: int | None
     step: int | None
     operator: str | None
-    scale: float
+    scale: Number
     low: Number
     high: Number
     elements: int | None
@@ -288,7 +300,7 @@ class VerificationRecord(_Record):
         quantizers: in order of execution.
     """
 
-    limit: float
+    limit: Number
     passed: bool
     errors: list[ErrorRecord]
     drift: list[DriftRecord] = Field(default_factory=list)
@@ -309,6 +321,14 @@ class VerificationRecord(_Record):
         return max(self.errors, key=lambda error: (error.relative_l2 != error.relative_l2, error.relative_l2))
 
 
+def _with_profiles(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a builder; `shapes`, where there are any, by input the smallest, the usual and the largest."""
+    TypeAdapter(dict[str, Annotated[list[list[Size]], Field(min_length=3, max_length=3)]]).validate_python(
+        options.get("shapes", {}), strict=True
+    )
+    return options
+
+
 class EngineRecord(_Record):
     """The plan, or the package of Inductor, or how it is to be built.
 
@@ -323,10 +343,10 @@ class EngineRecord(_Record):
 
     targets: list[str]
     flavour: str | None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(_with_profiles)] = Field(default_factory=dict)
     version: str | None = None
     file: PathInside | None = None
-    seconds: float | None = None
+    seconds: Number | None = None
     reason: str | None = None
 
     @property
@@ -422,13 +442,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format {written}, this pi05c reads up to {FORMAT}: use the pi05c that wrote it or a newer one"
         )
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise Pi05cError(
             f"{path} is damaged at {where or 'its root'} ({first['msg']}): compile again"
         ) from error
+    for place in manifest.places:
+        if (plan := manifest.engine_of(place).file) is not None and plan not in manifest.files:
+            raise Pi05cError(f"{path} is damaged: it names no file {shortened(plan)}; compile again")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,16 @@ def echo(text: str, *, nl: bool = True) -> None:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
+    """Print JSON; the texts `inf`, `-inf` and `nan` stand for numbers that it has no spelling for."""
+    typer.echo(json.dumps(_spelled(value), indent=2, default=str, allow_nan=False))
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spelled(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_progress(quiet: bool, verbose: bool) -> Progress:

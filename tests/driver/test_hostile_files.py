@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import runpy
 import shutil
@@ -236,6 +237,43 @@ def test_manifests_that_point_out_of_their_folder(pi05c: Command, tmp_path: Path
     result = pi05c("verify", engine)
     assert result.status == 1
     assert "lies outside of the folder" in result.err
+
+
+INSPECT, VERIFY, BUILD, BENCH = ("inspect", "--json"), ("verify", "--json"), ("build",), ("bench", "--runs", "1", "--json")
+LYING_VALUES: list[tuple[tuple[str, ...], tuple[Any, ...], Any]] = [
+    (VERIFY, ("inputs", 0, "dtype"), "float31"),
+    (BENCH, ("inputs", 0, "shape", 0), -1),
+    (BENCH, ("inputs", 0, "shape", 0), 10**30),
+    (BENCH, ("inputs", 0, "fixed"), [True]),
+    (INSPECT, ("inputs", 0, "low"), math.nan),
+    (INSPECT, ("inputs", 0, "high"), -math.inf),
+    (VERIFY, ("outputs", 0, "dtype"), "undefined"),
+    (VERIFY, ("verification", "limit"), math.nan),
+    (INSPECT, ("pipeline", "passes", 0, "seconds"), math.inf),
+    (BENCH, ("source", "config"), {"architecture": {"llm": {"vocab_size": math.inf}}}),
+    (INSPECT, ("source", "robot"), [math.nan]),
+    (INSPECT, ("engine", "file"), "absent.engine"),
+    (BUILD, ("engine", "options", "shapes"), [3]),
+    (BUILD, ("engine", "options", "shapes"), {"x": 3}),
+    (BUILD, ("engine", "options", "shapes"), {"x": [[1], [1]]}),
+]
+
+
+def test_manifests_whose_values_do_not_fit(pi05c: Command, policy: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    assert pi05c(policy, "--passes", "canonicalize", "-o", engine, "--target", "h100").status == 0
+    written = (engine / "manifest.json").read_text()
+    for words, place, value in LYING_VALUES:
+        manifest = at = json.loads(written)
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = value
+        (engine / "manifest.json").write_text(json.dumps(manifest))
+        result = pi05c(words[0], engine, *words[1:])
+        assert "defect" not in result.err, (place, value)
+        assert (result.status == 0) == ("error: " not in result.err)
+        if result.status == 0:
+            json.loads(result.out, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
