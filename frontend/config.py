@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pi05c.graph.errors import Pi05cError, UsageError, unreadable
+from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.files import read_text
 
 DEFAULT_PROMPT_LENGTH = 200
 """openpi's `max_token_len` and LeRobot's `tokenizer_max_length` for pi0.5."""
@@ -267,9 +268,7 @@ def read_json(path: Path) -> dict[str, Any]:
         Pi05cError: no such file, or it holds something else.
     """
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
+        parsed = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise Pi05cError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):

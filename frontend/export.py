@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pi05c.frontend.config import Pi05Config, named_config
 from pi05c.frontend.samples import is_synthetic, read_samples, synthetic_samples, write_samples
 from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.files import refuse_replacing
 from pi05c.graph.io import model_from_proto, save
 from pi05c.graph.requirements import WITH_TORCH, refuse_unsupported
 
@@ -104,8 +105,13 @@ def export_model(
         raise UsageError("--random needs --config: it says which network to make up")
     if output.suffix != ".onnx":
         raise UsageError(f"the output {output} must end in .onnx")
-    if not output.parent.is_dir():
-        raise Pi05cError(f"the folder {output.parent} does not exist: create it first")
+    sidecar = calibration_path(output)
+    for file in (output, output.with_name(f"{output.name}.data"), sidecar):
+        refuse_replacing(file, ())
+    if random and not calibration and sidecar.is_file() and not is_synthetic(sidecar):
+        raise Pi05cError(
+            f"{sidecar} holds recorded samples, which made-up ones would replace: move it away, or choose another -o"
+        )
     _require_torch()
     from pi05c.frontend.checkpoint import open_checkpoint
     from pi05c.frontend.model import parameter_shapes
@@ -140,7 +146,6 @@ def export_model(
     nbytes = sum(weight.nbytes for weight in used)
     say(f"writing {nbytes / 1e9:.2f} GB of weights")
     save(model, output)
-    sidecar = calibration_path(output)
     if samples is not None:
         write_samples(sidecar, samples, synthetic)
     elif is_synthetic(sidecar):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pi05c.benchmark import Benchmark, Configuration
+from pi05c.graph.files import write_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _WIDTH, _HEIGHT = 560.0, 260.0
@@ -22,7 +23,7 @@ def write_benchmark(path: Path, benchmark: Benchmark) -> None:
     text = environment.get_template("bench.html").render(
         b=benchmark, bars=bars(benchmark.configurations), plots=plots(benchmark.configurations)
     )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 @dataclass(frozen=True)

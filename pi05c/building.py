@@ -20,6 +20,7 @@ from pi05c.backend.tensorrt import BuildOptions, BuildResult, ShapeProfile
 from pi05c.folder import FAILED_BUILD, GRAPH, PACKAGE, PLAN, REPORT, inside
 from pi05c.graph.check import weights_as_inputs
 from pi05c.graph.errors import BuildError, Pi05cError, UsageError
+from pi05c.graph.files import write_text
 from pi05c.graph.io import Model, to_proto
 from pi05c.graph.requirements import WITH_TORCH
 from pi05c.graph.requirements import unsupported as unsupported_packages
@@ -339,7 +340,8 @@ def build_plan(folder: Path, plan: Path, builder: Builder, update: Update) -> Bu
             result = tensorrt.build(folder / GRAPH, plan, options, progress=progress, reproducer_dir=failure)
     except BuildError:
         for path in failure.glob("*"):  # so that the folder may move, to another machine too
-            path.write_text(path.read_text().replace(f"{folder.absolute()}/", "../"))
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            write_text(path, text.replace(f"{folder.absolute()}/", "../"))
         raise
     shutil.rmtree(failure, ignore_errors=True)
     return result

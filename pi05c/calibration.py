@@ -23,7 +23,8 @@ import numpy as np
 
 from pi05c.executors import run_tasks
 from pi05c.graph.dtypes import BFLOAT16
-from pi05c.graph.errors import Pi05cError, unreadable, unwritable
+from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.files import read_text, replacing, write_text
 from pi05c.graph.io import Model, location_of, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.ranges import Ranges
@@ -282,7 +283,7 @@ def cached_ranges(
         if not fresh and _answers(ranges, graph_hash, [*asked.tensors, *asked.rows], samples):
             return dataclasses.replace(ranges, source=samples.source, cached=True)
     ranges = _measure(model, asked, samples, graph_hash, threads, progress, scratch, executor)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Pi05cError):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, ranges)
     return ranges
@@ -330,10 +331,7 @@ def save_ranges(path: Path, ranges: MeasuredRanges) -> None:
     Raises:
         Pi05cError: the file cannot be written.
     """
-    try:
-        _write(path, ranges)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
+    _write(path, ranges)
 
 
 def read_ranges(path: Path) -> MeasuredRanges:
@@ -344,8 +342,6 @@ def read_ranges(path: Path) -> MeasuredRanges:
     """
     try:
         return _read(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Pi05cError(f"{path} holds no ranges that this version reads: measure them again") from error
 
@@ -425,12 +421,7 @@ def _write(path: Path, ranges: MeasuredRanges) -> None:
         "left_out": dict(ranges.left_out),
         "rows": _write_rows(rows_path(path), ranges.rows),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def rows_path(path: Path) -> Path:
@@ -444,22 +435,17 @@ def _write_rows(path: Path, rows: Mapping[str, Weight]) -> dict[str, dict[str, A
     if not rows:
         path.unlink(missing_ok=True)
         return places
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            for name, values in rows.items():
-                place = {"offset": file.tell(), "shape": list(values.shape), "sha256": values.checksum()}
-                places[name] = place
-                for chunk in values.chunks():
-                    file.write(stored_bytes(chunk))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        for name, values in rows.items():
+            place = {"offset": file.tell(), "shape": list(values.shape), "sha256": values.checksum()}
+            places[name] = place
+            for chunk in values.chunks():
+                file.write(stored_bytes(chunk))
     return places
 
 
 def _read(path: Path) -> MeasuredRanges:
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(read_text(path))
     return _from_json(record, rows_path(path))
 
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,7 +30,9 @@ from pi05c.folder import (
     remove_unfinished,
     unfinished,
 )
-from pi05c.manifest import Manifest, PipelineRecord
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import read_text
+from pi05c.manifest import Manifest, PathInside, PipelineRecord
 
 _CODE_SUFFIXES = (".py", ".html")
 
@@ -46,7 +48,7 @@ class RewrittenRecord(_Record):
     were measured.
     """
 
-    place: str
+    place: PathInside | Literal[""]
     pipeline: PipelineRecord
     calibrated: bool
     runs: int = 1
@@ -62,8 +64,8 @@ class Finished(_Record):
     key: str
     rewritten: list[RewrittenRecord]
     manifest: Manifest | None = None
-    built: list[str] = Field(default_factory=list)
-    files: dict[str, int] = Field(default_factory=dict)
+    built: list[PathInside | Literal[""]] = Field(default_factory=list)
+    files: dict[PathInside, int] = Field(default_factory=dict)
 
     @property
     def told(self) -> str:
@@ -114,8 +116,8 @@ def keep(work: Scratch, finished: Finished) -> None:
 
 
 def _read(place: Path) -> Finished | None:
-    with contextlib.suppress(OSError, ValidationError):
-        return Finished.model_validate_json((place / CHECKPOINT).read_text(encoding="utf-8"))
+    with contextlib.suppress(Pi05cError, ValidationError):
+        return Finished.model_validate_json(read_text(place / CHECKPOINT))
     return None
 
 

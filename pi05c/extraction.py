@@ -18,9 +18,10 @@ from pi05c.graph.check import load_valid, problems
 from pi05c.graph.dtypes import FLOAT32, to_numpy, to_onnx
 from pi05c.graph.edit import Editor, Names, detach, keep_between, producer
 from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.files import refuse_replacing
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.runner import Array
-from pi05c.inspection import tensor_records
+from pi05c.inspection import data_files, tensor_records
 from pi05c.manifest import TensorRecord
 from pi05c.passes.patterns.borders import Crossing, find_crossings, present_parts
 from pi05c.passes.patterns.flow_loop import FlowLoop, find_flow_loop
@@ -332,14 +333,19 @@ def extract_part(
             f"--part {part} names several graphs: join parts with +, or extract one after the other"
         )
     grouping = complete_grouping(path, wanted)
+    refuse_replacing(output, [path])
     table_path = output.with_name(f"{output.stem}.table{output.suffix}")
     sidecar = output.with_name(output.stem + SIDECAR_SUFFIX)
-    if path.resolve() in (output.resolve(), table_path.resolve()):
-        raise Pi05cError(f"{output} is the model itself: choose another -o")
     with progress.stage("cut"):
         found = extract(path, grouping, grouping.index(wanted[0]))
         beside = path.with_name(path.stem + SIDECAR_SUFFIX).is_file()
-        samples = find_samples(load_valid(path), calibration or ([SYNTHETIC] if beside else []))
+        plain = load_valid(path)
+        samples = find_samples(plain, calibration or ([SYNTHETIC] if beside else []))
+        reads = [path, *data_files(plain), *(samples.files if samples is not None else ())]
+        for graph in (output, *([table_path] if found.step is not None else [])):
+            refuse_replacing(graph, reads)
+            refuse_replacing(graph.with_name(f"{graph.name}.data"), reads)
+        refuse_replacing(sidecar, reads if samples is not None else ())
     with progress.stage("write the graph"):
         save(found.model, output)
         if found.step is not None:

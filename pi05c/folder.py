@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.files import is_partial, lock, read_text, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -153,10 +154,9 @@ class Scratch:
         sizes = {name: (self.folder / name).stat().st_size for name in sorted(files)}
         for name in sizes:
             _sync_file(self.folder / name)
-        partial = self.folder / f".{CHECKPOINT}.partial"
-        partial.write_text(json.dumps({**about, "files": sizes}), encoding="utf-8")
-        _sync_file(partial)
-        partial.replace(self.folder / CHECKPOINT)
+        with replacing(self.folder / CHECKPOINT) as partial:
+            partial.write_text(json.dumps({**about, "files": sizes}), encoding="utf-8")
+            _sync_file(partial)
 
     def close(self) -> None:
         """Remove the folder, unless it was published, but for what is to be kept, and parents that were created for it."""
@@ -211,7 +211,7 @@ def _refuse_foreign_files(output: Path, place: Path) -> None:
     foreign = sorted(
         name
         for name in found - {MANIFEST, *later, *manifest.files}
-        if FAILED_BUILD not in PurePosixPath(name).parts[:-1]
+        if FAILED_BUILD not in PurePosixPath(name).parts[:-1] and not is_partial(PurePosixPath(name).name)
     )
     if foreign:
         raise Pi05cError(
@@ -241,7 +241,7 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
         folder = place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}")
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
-        if _lock(descriptor) and folder.exists():
+        if lock(descriptor) and folder.exists():
             return folder, descriptor
         os.close(descriptor)
 
@@ -251,7 +251,7 @@ def _remove_abandoned(place: Path) -> None:
     for folder in place.parent.glob(f"{_prefix(place)}*"):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            if _lock(descriptor):
+            if lock(descriptor):
                 _set_aside(folder, place)
         finally:
             os.close(descriptor)
@@ -259,8 +259,8 @@ def _remove_abandoned(place: Path) -> None:
 
 def _set_aside(folder: Path, place: Path) -> None:
     """Remove a scratch folder for `place`; files that are to be kept become its unfinished folder, if there may be one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = set(json.loads((folder / CHECKPOINT).read_text(encoding="utf-8"))["files"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError, Pi05cError):
+        kept = set(json.loads(read_text(folder / CHECKPOINT))["files"])
         aside = unfinished(place)
         remove_unfinished(aside)
         if not aside.exists():
@@ -272,16 +272,6 @@ def _set_aside(folder: Path, place: Path) -> None:
                     path.unlink()
             folder.rename(aside)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(descriptor: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _sync(folder: Path) -> None:

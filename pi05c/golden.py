@@ -11,7 +11,6 @@ A folder holds cases in two forms, at any depth:
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.files import read_text, read_toml, write_text
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
 from pi05c.graph.text import canonical_text
@@ -29,11 +29,6 @@ from pi05c.graph.weights import InMemory
 from pi05c.passes import REGISTRY
 from pi05c.passes.pipeline import Calibrate, Step, StepResult, run
 from pi05c.plugins import parse_passes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 METADATA_KEY = "pi05c.golden"
 """Metadata of a model that is a case by itself: JSON with `shows`, `options`, `low`, `high`, `rows`, `limit`."""
@@ -192,7 +187,7 @@ def _write(text: Text) -> None:
         if text.now is None:
             text.path.unlink()
         else:
-            text.path.write_text(text.now, encoding="utf-8")
+            write_text(text.path, text.now)
     except OSError as error:
         raise Pi05cError(f"{text.path} cannot be written: {unwritable(error)}") from error
 
@@ -255,12 +250,10 @@ def _calibrate(folder: Path, model: Model, case: PipelineCase) -> Calibrate:
 
 def _pipeline_cases(path: Path) -> list[tuple[str, PipelineCase]]:
     try:
-        table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_toml(path)
         if path.name == LIST_FILE:
             return list(_CaseList.model_validate(table).case.items())
         return [(path.stem, PipelineCase.model_validate(table))]
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Pi05cError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         raise Pi05cError(f"{path} does not hold a golden case: {_first(error)}") from error
 
@@ -284,7 +277,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return read_text(path) if path.is_file() else None
 
 
 # For people

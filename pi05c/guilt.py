@@ -14,7 +14,7 @@ from pi05c.criterion import Verdict
 from pi05c.cutout import Border, Cutout
 from pi05c.diffing import ModelDiff
 from pi05c.diffview import Line, code, fenced, text_lines
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.files import write_text
 from pi05c.stages import RANGES, SAMPLES
 from pi05c.terminal import printable
 
@@ -226,11 +226,8 @@ def write_readme(folder: Path, guilty: Guilty, pipeline: str, replay: Replay) ->
     }
     if guilty.cutout is not None and guilty.cutout.errors:
         texts[LOADER] = _LOADER
-    try:
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Pi05cError(f"{folder} cannot be written: {unwritable(error)}") from error
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 _LOADER = '''"""Feeds the cut-outs: polygraphy run before.min.onnx --onnxrt --data-loader-script load_inputs.py:before"""

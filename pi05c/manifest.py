@@ -23,7 +23,8 @@ from pydantic import (
 
 from pi05c.backend.inductor import INDUCTOR
 from pi05c.folder import CHECKPOINT, MANIFEST, PACKAGE, PLAN
-from pi05c.graph.errors import Pi05cError, shortened, unreadable
+from pi05c.graph.errors import Pi05cError, shortened
+from pi05c.graph.files import read_text, write_text
 
 FORMAT: Final = 3
 """Raised whenever an older pi05c could not read what this one writes."""
@@ -424,14 +425,11 @@ def read_manifest(folder: Path) -> Manifest:
         Pi05cError: there is none, it is damaged, or a newer pi05c wrote it.
     """
     path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if not path.exists():
         raise Pi05cError(
             f"{folder} is not an engine folder: it has no {MANIFEST}; pi05c MODEL.onnx -o {folder} makes one"
-        ) from error
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
+        )
+    text = read_text(path)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -457,9 +455,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, in one step so that a reader never sees half of it."""
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
 def file_record(path: Path) -> FileRecord:

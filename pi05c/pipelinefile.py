@@ -15,19 +15,14 @@ Each table of `passes` is one pass: what stands beside `name` are its options. A
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pi05c.graph.errors import Pi05cError, unreadable, unwritable
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import read_toml, write_text
 from pi05c.passes.pipeline import Step, items
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MARK = "@"
 """What an item of `--passes` begins with that names a file."""
@@ -76,12 +71,7 @@ def read_pipeline_file(path: Path) -> PipelineFile:
     Raises:
         Pi05cError: it cannot be read, or is no list of passes.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be read: {unreadable(error)}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Pi05cError(f"{path} is no TOML: {error}") from error
+    table = read_toml(path)
     if unknown := sorted(table.keys() - {"passes", "provenance"}):
         raise Pi05cError(f"{path} holds {unknown[0]!r}: a pipeline holds `passes` and `provenance`")
     passes, provenance = table.get("passes"), table.get("provenance", {})
@@ -116,14 +106,7 @@ def write_pipeline_file(path: Path, steps: Iterable[Step], provenance: Mapping[s
             f"[provenance.{name}]",
             *(f"{_key(k)} = {_spelled(value)}" for k, value in table.items()),
         ]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _item(path: Path, entry: object) -> str:

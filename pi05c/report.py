@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pi05c.folder import REPORT
+from pi05c.graph.files import write_text
 from pi05c.manifest import (
     CostRecord,
     LayerErrorRecord,
@@ -49,7 +50,7 @@ def write_report(folder: Path, manifest: Manifest) -> None:
     environment.globals["quantizers"] = [] if verified is None else quantizer_rows(verified.quantizers)
     environment.filters["widths"] = width_of
     text = environment.get_template("report.html").render(m=manifest, precision=precision_rows(manifest))
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_text(folder / REPORT, text)
 
 
 def grouped_skips(record: PassRecord) -> list[tuple[str, int, str]]:

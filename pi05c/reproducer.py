@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi05c.folder import failed_pass, scratch
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import read_text, write_text
 from pi05c.graph.io import Model
 from pi05c.graph.text import canonical_text
 from pi05c.inspection import weight_totals
@@ -105,8 +107,8 @@ def _place(output: Path) -> Path:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        known = json.loads(read_text(folder / RECORD))["files"]
+    except (Pi05cError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return {path.name for path in folder.iterdir()} <= {RECORD, *known}
 
@@ -164,9 +166,9 @@ def _write_texts(
 ) -> None:
     command = shlex.join(["pi05c", *words])
     script = folder / SCRIPT
-    script.write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && exec {command}\n', encoding="utf-8")
+    write_text(script, f'#!/bin/sh\ncd "$(dirname "$0")" && exec {command}\n')
     script.chmod(0o755)
-    (folder / PIPELINE).write_text(f"{piece.plan.text}\n", encoding="utf-8")
+    write_text(folder / PIPELINE, f"{piece.plan.text}\n")
     record = {
         "pass": piece.plan.steps[failure.number - 1].text,
         "number": failure.number,
@@ -176,7 +178,7 @@ def _write_texts(
         "versions": dict(versions),
         "files": sorted(path.name for path in folder.iterdir()),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 __all__ = ["COPIED_BYTES", "Request", "keep_failure"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.files import write_text
 from pi05c.graph.io import DataFolder, Model, load, save
 from pi05c.graph.read import read_proto
 from pi05c.graph.text import canonical_text
@@ -181,10 +182,7 @@ class StageFolder:
         path = self.folder / f"{stage.title}.onnx"
         with _marked(model, stage):
             save(model, path, shared=self._data)
-        try:
-            path.with_suffix(".txt").write_text(canonical_text(model.graph), encoding="utf-8")
-        except OSError as error:
-            raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
+        write_text(path.with_suffix(".txt"), canonical_text(model.graph))
         return path
 
     def write_ranges(self, ranges: MeasuredRanges) -> None:

@@ -22,6 +22,7 @@ from pi05c.backend.onnxruntime import OnnxRuntimeRunner
 from pi05c.comparison import OutputError, compare
 from pi05c.cost import total
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import read_text, write_text
 from pi05c.graph.io import DataFolder, load, save
 from pi05c.graph.runner import Array
 from pi05c.inspection import weight_totals
@@ -168,9 +169,9 @@ class Store:
         self._context = [str(FORMAT), *context]
         self._found: dict[str, Measured] = {}
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+            records = json.loads(read_text(path))["measurements"]
             self._found = {key: Measured.from_json(record) for key, record in records.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (Pi05cError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
 
     def get(self, task: Task, samples: Sequence[str]) -> Measured | None:
@@ -188,15 +189,8 @@ class Store:
             Pi05cError: the file cannot be written.
         """
         self._found[self._key(task, samples)] = measured
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        text = json.dumps({"measurements": {key: asdict(found) for key, found in self._found.items()}})
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._path)
-        except OSError as error:
-            raise Pi05cError(f"{self._path} cannot be written: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        found = {key: asdict(found) for key, found in self._found.items()}
+        write_text(self._path, json.dumps({"measurements": found}))
 
     def _key(self, task: Task, samples: Sequence[str]) -> str:
         parts = [*self._context, task.passes, *samples]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import write_text
 from pi05c.report import figure
 from pi05c.tunegroups import KEPT
 from pi05c.tunemeasure import TIME
@@ -99,10 +99,7 @@ def write_page(result: TuneResult, model: str) -> None:
         families=[point for point in result.points if point.kind == "together"],
         measured=[point for point in result.points if point.kind != "together"],
     )
-    try:
-        result.page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Pi05cError(f"{result.page} cannot be written: {error.strerror or error}") from error
+    write_text(result.page, text)
 
 
 def plot_of(result: TuneResult) -> Plot:

@@ -21,12 +21,13 @@ from pi05c.calibration import graph_sha256
 from pi05c.executors import executor_for, run_tasks
 from pi05c.folder import scratch
 from pi05c.graph.errors import Pi05cError, UsageError, VerificationError
+from pi05c.graph.files import refuse_replacing
 from pi05c.graph.io import Model, load, save
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.inspection import source_of
 from pi05c.passes import pipeline
 from pi05c.passrun import Calibrator, Plan, RunOptions, RunSamples, plan, samples_for
-from pi05c.pipelinefile import MODEL, write_pipeline_file
+from pi05c.pipelinefile import MODEL, files_of, write_pipeline_file
 from pi05c.precision import LIMITS, RANDOM_WEIGHTS_FACTOR, refuse_limit
 from pi05c.progress import Progress
 from pi05c.samples import WAYS_TO_GIVE_SAMPLES
@@ -214,7 +215,7 @@ def tune(
     """
     path, output, progress = Path(model), Path(output), progress or Progress()
     refuse_limit(max_error)
-    _refuse(output, path, minimize, samples, resolution)
+    _refuse(output, path, passes, minimize, samples, resolution)
     device, wanted = _formats(formats, target)
     method = parse_method(calibration_method)
     chosen = plan(passes, RunOptions(plugins=tuple(map(str, plugins))))
@@ -281,13 +282,13 @@ def tune(
     return result
 
 
-def _refuse(output: Path, model: Path, minimize: str, samples: int, resolution: int | None) -> None:
+def _refuse(
+    output: Path, model: Path, passes: str | None, minimize: str, samples: int, resolution: int | None
+) -> None:
     if output.suffix != ".toml":
         raise UsageError(f"the output {output} must end in .toml")
-    if not output.parent.is_dir():
-        raise Pi05cError(f"the folder {output.parent} does not exist: create it first")
-    if output.is_dir():
-        raise Pi05cError(f"{output} is a folder: name a file with -o")
+    for suffix in (".toml", ".html", ".measurements.json"):
+        refuse_replacing(output.with_suffix(suffix), files_of(passes or ""))
     if model.is_dir():
         raise Pi05cError(
             f"{model} is a folder, but an ONNX file is tuned: name the model that it was made of"

@@ -13,10 +13,11 @@ from pi05c.comparison import Comparison, compare
 from pi05c.fitting import refuse_unfit
 from pi05c.folder import GRAPH, SAMPLES
 from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.files import refuse_replacing
 from pi05c.graph.io import Model, load
 from pi05c.graph.runner import Array, Runner
 from pi05c.graph.specialization import fixed_inputs
-from pi05c.inspection import spec_of_record
+from pi05c.inspection import data_files, spec_of_record
 from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.precision import default_limit, refuse_limit
 from pi05c.progress import Progress, Update
@@ -83,10 +84,7 @@ def run(
     """
     path, output = Path(path), Path(output)
     progress = progress or Progress()
-    if output.resolve() == Path(inputs).resolve():
-        raise Pi05cError(f"{output} is the file of the inputs: choose another -o")
-    if output.is_dir() or not output.parent.is_dir():
-        raise Pi05cError(f"{output} cannot be written: name a file in a folder that exists with -o")
+    refuse_replacing(output, [path, Path(inputs)])
     engine: Policy | None = None
     manifest = read_manifest(path) if path.is_dir() else None
     if steps is not None and (manifest is None or not manifest.parts):
@@ -102,6 +100,7 @@ def run(
                 raise
             progress.warn(str(error))
     model = _model(path, manifest)
+    refuse_replacing(output, data_files(model))
     specs = _input_specs(model, manifest)
     samples = load_samples([Path(inputs)], specs, fixed_specs(model))
     refuse_unfit(samples, fixed_inputs(model.metadata))

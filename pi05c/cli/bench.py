@@ -9,7 +9,7 @@ import typer
 
 from pi05c.cli.app import Backend, Debug, Json, Quiet, Split, Steps, Verbose, app
 from pi05c.cli.output import FILE_WIDTH, console, make_progress, plain_table, print_json
-from pi05c.graph.errors import Pi05cError, UsageError
+from pi05c.graph.errors import UsageError
 
 if TYPE_CHECKING:
     from pi05c.benchmark import Benchmark
@@ -54,8 +54,9 @@ def bench(
     """Time policies: latency, throughput, memory and cold start, by part where split."""
     from pi05c.benchmark import Request, bench, parse_sweeps
     from pi05c.benchreport import write_benchmark
+    from pi05c.graph.files import write_text
 
-    _check_outputs(output or ())
+    _check_outputs(output or (), paths)
     found = bench(
         Request(
             paths=paths,
@@ -73,7 +74,7 @@ def bench(
     )
     for path in output or ():
         if path.suffix == ".json":
-            path.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            write_text(path, found.model_dump_json(indent=1) + "\n")
         else:
             write_benchmark(path, found)
     if json_:
@@ -82,13 +83,14 @@ def bench(
         _show(found)
 
 
-def _check_outputs(paths: list[Path] | tuple[()]) -> None:
+def _check_outputs(outputs: list[Path] | tuple[()], reads: list[Path]) -> None:
     """Refuse what cannot be written, before anything is measured."""
-    for path in paths:
+    from pi05c.graph.files import refuse_replacing
+
+    for path in outputs:
         if path.suffix not in (".json", ".html"):
             raise UsageError(f"--output {path} must end in .json or .html")
-        if path.is_dir() or not path.parent.is_dir():
-            raise Pi05cError(f"{path} cannot be written: name a file in a folder that exists with -o")
+        refuse_replacing(path, reads)
 
 
 def _show(found: Benchmark) -> None:

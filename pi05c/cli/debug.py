@@ -33,6 +33,7 @@ def debug_command(
     from polygraphy.tools import main as polygraphy
 
     from pi05c.graph.errors import Pi05cError, UsageError
+    from pi05c.graph.files import read_text
     from pi05c.graph.io import load
     from pi05c.plugins import parse_passes
     from pi05c.polygraphy.samples import write_data_loader
@@ -45,7 +46,7 @@ def debug_command(
         words += [option, *values] if values else []
     found = find_samples(load(model), calibration or ())
     if found is not None and "--data-loader-script" not in context.args:
-        if _SCRIPT.exists() and "from pi05c.polygraphy import" not in _SCRIPT.read_text():
+        if _SCRIPT.exists() and "from pi05c.polygraphy import" not in read_text(_SCRIPT):
             raise Pi05cError(
                 f"{_SCRIPT} is here already and not by pi05c: give --data-loader-script FILE.py, which pi05c "
                 "data-loader writes"

@@ -11,7 +11,7 @@ import typer
 
 from pi05c.cli.app import Debug, Json, Quiet, app
 from pi05c.cli.output import console, echo
-from pi05c.graph.errors import Pi05cError, UsageError, unwritable
+from pi05c.graph.errors import UsageError
 
 
 class Format(str, Enum):
@@ -44,9 +44,12 @@ def diff(
     """
     from pi05c.diffing import diff_files
     from pi05c.diffview import html, markdown, text_lines
+    from pi05c.graph.files import refuse_replacing
 
     if json_ and format_ is not Format.TEXT:
         raise UsageError("--json and --format ask for two forms at once: give one of them")
+    if output is not None and (not output.exists() or output.is_file()):  # not a pipe
+        refuse_replacing(output, [a, b])
     found = diff_files(a, b, names=names)
     if output is None and not quiet and format_ is Format.TEXT and not json_:
         screen = console()
@@ -70,7 +73,6 @@ def _write(text: str, output: Path | None) -> None:
     if output is None:
         echo(text, nl=False)
         return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Pi05cError(f"{output} cannot be written: {unwritable(error)}") from error
+    from pi05c.graph.files import write_text
+
+    write_text(output, text)

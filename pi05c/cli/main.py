@@ -25,6 +25,9 @@ _COMPARING = ("diff", "golden", "bisect")
 
 _TROUBLE = 2
 
+_MESSAGE_CHARACTERS = 4000
+"""What is beyond that is cut out of the middle of a message."""
+
 
 class _Ended(BaseException):
     """A signal asked this process to end."""
@@ -74,8 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exception(error)
-        print(f"error: {printable(message, layout=False)}", file=sys.stderr)
+        print(f"error: {printable(_cut(message), layout=False)}", file=sys.stderr)
         return _status(arguments, status)
+
+
+def _cut(message: str) -> str:
+    """A message that can be read, whatever was put into it."""
+    if len(message) <= _MESSAGE_CHARACTERS:
+        return message
+    half = _MESSAGE_CHARACTERS // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def _status(arguments: Sequence[str], status: int) -> int:

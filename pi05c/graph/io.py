@@ -26,7 +26,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from pi05c.graph import carried
 from pi05c.graph.dtypes import to_numpy
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import replacing
 from pi05c.graph.inference import with_types
 from pi05c.graph.read import about, read_proto, refuse_overlaps, weight_of_tensor
 from pi05c.graph.scopes import scopes
@@ -236,7 +237,7 @@ def save(
 ) -> None:
     """Write `path` and, where weights are larger than `INLINE_BYTES`, `path` + `.data` beside it.
 
-    Both are written under other names first and renamed when they are whole. The model may have been loaded from
+    Both are written under other names first and renamed when they are whole, the data first. The model may have been loaded from
     the same path.
 
     Args:
@@ -249,9 +250,10 @@ def save(
     path = Path(path)
     proto, pending = to_proto(model)
     data_path = path.with_name(path.name + ".data")
-    partial_data = path.with_name(f".{path.name}.data.partial")
-    partial_model = path.with_name(f".{path.name}.partial")
-    try:
+    with (
+        replacing(path, through_link=False) as partial_model,  # the data lies beside the link
+        replacing(data_path, through_link=False) as partial_data,
+    ):
         with partial_data.open("wb") as file, _DataWriter(file, data_path.name, shared) as writer:
             stored = [tensor for tensor in tensors(proto) if location_of(tensor) in pending]
             weights = [pending[location_of(tensor) or ""] for tensor in stored]
@@ -260,14 +262,12 @@ def save(
                 writer.write(tensor, weight)
                 told.done(weight)
         partial_model.write_bytes(proto.SerializeToString())
-        if partial_data.stat().st_size:
-            partial_data.replace(data_path)
-        partial_model.replace(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
-    finally:
-        partial_data.unlink(missing_ok=True)
-        partial_model.unlink(missing_ok=True)
+        if not partial_data.stat().st_size:
+            partial_data.unlink()
+        elif data_path.exists():
+            path.unlink(
+                missing_ok=True
+            )  # a process that is killed here leaves no graph rather than one with other data
 
 
 class _Told:

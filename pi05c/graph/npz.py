@@ -20,7 +20,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
-from pi05c.graph.errors import Pi05cError, shortened, unreadable, unwritable
+from pi05c.graph.errors import Pi05cError, shortened, unreadable
+from pi05c.graph.files import replacing
 from pi05c.graph.runner import Array
 
 UNPACKED_BYTES = 2**31
@@ -143,15 +144,8 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     Raises:
         Pi05cError: it cannot be written there.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
-    except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 __all__ = ["UNPACKED_BYTES", "read_npz", "write_npz"]

@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 
 from pi05c.fitting import fitting
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import Pi05cError
+from pi05c.graph.files import write_text
 from pi05c.graph.io import load
 from pi05c.graph.specialization import fixed_inputs
 from pi05c.polygraphy.reporting import errors_of_polygraphy
@@ -77,10 +78,7 @@ def write_data_loader(
     arguments = [repr(str(model.absolute())), *([repr(paths)] if paths else [])]
     arguments += ["everything=True"] if everything else []
     text = _SCRIPT.format(arguments=", ".join(arguments))
-    try:
-        script.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Pi05cError(f"{script} cannot be written: {unwritable(error)}") from error
+    write_text(script, text)
     return samples
 
 

@@ -160,7 +160,7 @@ def test_a_model_of_another_exporter(policy: Path, pi05c: Command) -> None:
         (("--backend", "onnxruntime"), "give its --passes too"),
         (("--steps", "3"), "use --sweep steps=N"),
         (("-o", "bench.txt"), "must end in .json or .html"),
-        (("-o", "nowhere/bench.json"), "name a file in a folder that exists"),
+        (("-o", "nowhere/bench.json"), "does not exist; create it first"),
     ],
 )
 def test_usage(policy: Path, pi05c: Command, arguments: tuple[str, ...], message: str) -> None:

@@ -301,7 +301,9 @@ def test_a_signal_ends_the_run_and_leaves_the_old_engine(
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".engine.partial-*/.model.*.partial.engine")):
+    while not any(
+        path.stat().st_size for path in tmp_path.glob(".engine.partial-*/.model.engine.partial-*.engine")
+    ):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)

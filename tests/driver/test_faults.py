@@ -441,3 +441,54 @@ def test_weights_that_are_cut_short_while_they_are_read(mapped: Path, tmp_path: 
         f"error: {data} became shorter while it was read: start again when nothing writes it any more"
     )
     assert content(output) == before
+
+
+# Outputs that are read
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "model.calibration.npz", "linked"])
+def test_what_is_read_is_not_replaced(policy: Path, pi05c: Command, tmp_path: Path, name: str) -> None:
+    output, samples = policy.with_name(name), policy.with_name("model.calibration.npz")
+    if name == "linked":
+        output.hardlink_to(policy)
+    before = content(policy.parent)
+    words: tuple[tuple[str | Path, ...], ...] = (
+        ("run", policy, "--inputs", samples, "-o", output),
+        ("extract", policy, "--part", "prefix", "-o", output),
+    )
+    if name in ("model.onnx", "linked"):
+        words = (*words, ("diff", policy, policy, "-o", output))
+    for command in words:
+        result = pi05c(*command)
+        assert result.status in (1, 2), command
+        assert "would replace" in result.err
+        assert "which is read: choose another -o" in result.err
+        assert content(policy.parent) == before
+
+
+def test_files_of_an_engine_that_is_read_are_not_replaced(
+    policy: Path, pi05c: Command, tmp_path: Path
+) -> None:
+    engine = tmp_path / "engine"
+    assert pi05c(*compile_words(policy, engine)).status == 0
+    before = content(engine)
+    for command in (
+        ("run", engine, "--inputs", policy.with_name("model.calibration.npz"), "-o", engine / "model.onnx"),
+        ("run", engine, "--inputs", engine / "samples.npz", "-o", engine / "samples.npz"),
+        ("diff", policy, engine, "-o", engine / "manifest.json"),
+        ("bench", engine, "-o", engine / "manifest.json"),
+    ):
+        result = pi05c(*command)
+        assert "would replace" in result.err, command
+        assert content(engine) == before
+
+
+def test_recorded_samples_are_not_replaced_by_made_up_ones(tmp_path: Path, pi05c: Command) -> None:
+    pytest.importorskip("torch", reason="exporting the model needs the extra [torch]")
+    samples = write_samples(tmp_path / "model.calibration.npz")
+    before = samples.read_bytes()
+    result = pi05c("export", "--random", "--config", "pi05_tiny", "-o", tmp_path / "model.onnx")
+    assert result.status == 1
+    assert "holds recorded samples, which made-up ones would replace" in result.err
+    assert samples.read_bytes() == before
+    assert names(tmp_path) == {samples.name}

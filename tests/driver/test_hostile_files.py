@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -239,7 +240,12 @@ def test_manifests_that_point_out_of_their_folder(pi05c: Command, tmp_path: Path
     assert "lies outside of the folder" in result.err
 
 
-INSPECT, VERIFY, BUILD, BENCH = ("inspect", "--json"), ("verify", "--json"), ("build",), ("bench", "--runs", "1", "--json")
+INSPECT, VERIFY, BUILD, BENCH = (
+    ("inspect", "--json"),
+    ("verify", "--json"),
+    ("build",),
+    ("bench", "--runs", "1", "--json"),
+)
 LYING_VALUES: list[tuple[tuple[str, ...], tuple[Any, ...], Any]] = [
     (VERIFY, ("inputs", 0, "dtype"), "float31"),
     (BENCH, ("inputs", 0, "shape", 0), -1),
@@ -289,6 +295,60 @@ def test_metadata_that_is_not_what_pi05c_writes(pi05c: Command, tmp_path: Path, 
         result = pi05c(*words)
         assert result.status in (0, 1)
         assert "defect" not in result.err
+
+
+TEXTS: dict[str, bytes] = {
+    "no UTF-8": b"\xff\xfe",
+    "deep JSON": b"[" * 100_000,
+    "deep TOML": b"x=" + b"[" * 5000,
+    "a long number": b"x=" + b"9" * 6000,
+    "a number alone": b"9" * 6000,
+}
+
+
+def test_text_that_is_none(pi05c: Command, policy: Path, tmp_path: Path) -> None:
+    """Of whatever kind, in the place of each file of text; a pipe is not waited for, a large file not read."""
+    engine, golden, stages = write_engine(tmp_path / "engine"), tmp_path / "golden", tmp_path / "stages"
+    golden.mkdir()
+    (golden / "a.toml").write_text(f"model={json.dumps(str(policy))}\npasses='none'")
+    assert pi05c("golden", "update", golden).status == 0
+    assert pi05c(policy, "--passes", "fp16", "--dump", stages).status == 0
+    stage = stages / "00-input.onnx"
+    readers: list[tuple[Path, tuple[str | Path, ...]]] = [
+        (tmp_path / "p.toml", (policy, "--passes", f"@{tmp_path / 'p.toml'}", "-o", tmp_path / "out")),
+        (engine / "manifest.json", ("inspect", engine)),
+        (stages / "ranges.json", ("explain", policy, "--pass", "lower_precision", "--start-from", stage)),
+        (golden / "a.golden.txt", ("golden", "check", golden)),
+        (golden / "a.toml", ("golden", "check", golden)),
+    ]
+    for path, words in readers:
+        for kind in [*TEXTS, "a folder", "a pipe", "a large file", "a link to itself"]:
+            path.unlink(missing_ok=True) if not path.is_dir() else path.rmdir()
+            if kind in TEXTS:
+                path.write_bytes(TEXTS[kind])
+            elif kind == "a folder":
+                path.mkdir()
+            elif kind == "a pipe":
+                os.mkfifo(path)
+            elif kind == "a large file":
+                path.touch()
+                os.truncate(path, 2**40)
+            else:
+                path.symlink_to(path)
+            result = pi05c(*words)
+            assert "defect" not in result.err, (path, kind)
+            assert (result.status == 0) == ("error: " not in result.err and words[0] != "golden"), (
+                path,
+                kind,
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_messages_are_cut(pi05c: Command, policy: Path, tmp_path: Path) -> None:
+    result = pi05c(policy, "--passes", "x" * 100_000, "-o", tmp_path / "out")
+    assert result.status == 2
+    assert len(result.err) < 5000
+    assert "neither a pass nor a preset" in result.err
 
 
 def test_names_are_shown_and_not_obeyed(pi05c: Command, tmp_path: Path) -> None:

@@ -240,7 +240,10 @@ def test_what_a_killed_process_finished_is_taken_over(
     try:
         deadline = time.monotonic() + 120
         while (
-            not any(place.glob(".engine.partial-*/.model.*.partial.engine")) and time.monotonic() < deadline
+            not any(
+                path.stat().st_size for path in place.glob(".engine.partial-*/.model.engine.partial-*.engine")
+            )
+            and time.monotonic() < deadline
         ):
             time.sleep(0.1)
         assert time.monotonic() < deadline

@@ -109,7 +109,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pi05c.graph.io._copy", full)
-    with pytest.raises(Pi05cError, match=r"m\.onnx cannot be written: the disk is full"):
+    with pytest.raises(Pi05cError, match=r"m\.onnx\.data cannot be written: the disk is full"):
         save(model, path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
