@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import selectors
 import shlex
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import pi05c
 from pi05c.graph.errors import BuildError, Pi05cError, unwritable
+from pi05c.graph.files import REQUEST, replacing, write_text
 
 EVENT = "@pi05c "
 """What starts a line that is an event: `{"event": "progress" | "built", ...}`."""
@@ -38,7 +40,12 @@ _PR_SET_PDEATHSIG = 1
 _GIB = 2**30
 _LOG_LINES = 20_000
 _ERRORS_SHOWN = 3
+_SHOWN_CHARACTERS = 1000
+_LINE_BYTES = 10_000
+_READ_BYTES = 2**16
 _WATCH_INTERVAL_S = 0.1
+_AFTER_END_S = 1.0
+"""How long a child's output is read on after its end, where others write to the pipe."""
 _INTERNAL = "Internal Error"
 """TensorRT's name for what is not the graph's fault (`ErrorCode::kINTERNAL_ERROR` of its API)."""
 
@@ -84,7 +91,7 @@ class ChildRun:
         """What went wrong, or None. An `[E]` line is a failure whatever the builder returned."""
         errors = self.lines("[E]")
         telling = [line for line in errors if not any(noise in line for noise in _NOISE)] or errors
-        reasons = "; ".join(dict.fromkeys(telling[-_ERRORS_SHOWN:]))
+        reasons = "; ".join(dict.fromkeys(map(_cut, telling[-_ERRORS_SHOWN:])))
         if self.stopped is not None:
             return self.stopped + self._where()
         if self.returncode < 0:
@@ -93,7 +100,7 @@ class ChildRun:
             return None
         if not errors:
             last = next(iter(self.lines("[!]")[-1:]), next(reversed(self.log), "no output"))
-            reasons = f"it ended with exit status {self.returncode} and said last: {last}"
+            reasons = f"it ended with exit status {self.returncode} and said last: {_cut(last)}"
         if _INTERNAL in reasons:
             reasons += "; this is a defect of the builder, which another version of it, or other --passes, may not meet"
         return reasons
@@ -138,9 +145,7 @@ def produce(
         Pi05cError: the builder cannot be started.
         BuildError: it logged an error, crashed, was killed, or exceeded its limits.
     """
-    artifact = artifact.absolute()
-    partial = artifact.with_name(f".{artifact.stem}.{os.getpid()}.partial{artifact.suffix}")
-    try:
+    with replacing(artifact.absolute(), through_link=False) as partial:
         run = _run_child(
             command,
             request(str(model.absolute()), str(partial)),
@@ -149,7 +154,10 @@ def produce(
             memory_limit=memory_limit,
             progress=progress,
         )
-        if failure := run.failure():
+        failure = run.failure()
+        if failure is None and not (partial.is_file() and partial.stat().st_size):
+            failure = "it said that it had ended well, and wrote nothing"
+        if failure is not None:
             where = ""
             if reproducer_dir is not None:
                 script = _write_reproducer(
@@ -162,9 +170,6 @@ def produce(
                 )
                 where = f"; {script} reproduces it"
             raise BuildError(f"{failed}: {failure}{where}")
-        partial.replace(artifact)
-    finally:
-        partial.unlink(missing_ok=True)
     return run
 
 
@@ -191,12 +196,12 @@ def _run_child(
         Pi05cError: it cannot be started.
     """
     run = ChildRun()
-    request_path = Path(f"{partial}.json")
+    request_path = Path(f"{partial}{REQUEST}")
     package_root = str(Path(pi05c.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
     start = time.monotonic()
     try:
-        request_path.write_text(request)
+        request_path.write_text(request, encoding="utf-8")
         process = subprocess.Popen(
             [*command, str(request_path)],
             stdin=subprocess.DEVNULL,
@@ -204,8 +209,6 @@ def _run_child(
             stderr=subprocess.STDOUT,
             cwd=partial.parent,
             env={**os.environ, "PYTHONPATH": python_path},
-            encoding="utf-8",
-            errors="replace",
             start_new_session=True,  # so that the compilers that it starts end with it
         )
     except OSError as error:
@@ -215,22 +218,50 @@ def _run_child(
     watch = threading.Thread(target=_watch, args=(process, run, time_limit_s, memory_limit), daemon=True)
     try:
         watch.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(EVENT):
-                _take_event(run, json.loads(line[len(EVENT) :]), progress)
-            elif line.strip():
+        for line in _lines(process):
+            if not _take_event(run, line, progress) and line.strip():
                 run.log.append(line.rstrip())
         run.returncode = process.wait()
     finally:
         _end(process)
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
         request_path.unlink(missing_ok=True)
     run.seconds = time.monotonic() - start
     return run
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _cut(line: str) -> str:
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """The lines of a child's output, the longest cut, up to the end of the child.
+
+    What it started may have the pipe open still, and write to it without end.
+    """
+    assert process.stdout is not None
+    pipe, rest, ended = process.stdout.fileno(), b"", math.inf
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, selectors.EVENT_READ)
+        while time.monotonic() < ended + _AFTER_END_S:
+            if process.poll() is not None:
+                ended = min(ended, time.monotonic())
+            if ready.select(_WATCH_INTERVAL_S):
+                if not (read := os.read(pipe, _READ_BYTES)):
+                    break
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    yield line[:_LINE_BYTES].decode("utf-8", "replace")
+                rest = rest[:_LINE_BYTES]
+            elif ended < math.inf:
+                break
+    if rest:
+        yield rest.decode("utf-8", "replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the child and what it started."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -239,7 +270,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _watch(
-    process: subprocess.Popen[str], run: ChildRun, time_limit_s: float | None, memory_limit: int | None
+    process: subprocess.Popen[bytes], run: ChildRun, time_limit_s: float | None, memory_limit: int | None
 ) -> None:
     """End the child when it exceeds a limit, and note why. Ends with the child."""
     deadline = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
@@ -255,16 +286,23 @@ def _watch(
         time.sleep(_WATCH_INTERVAL_S)
 
 
-def _take_event(
-    run: ChildRun, event: dict[str, Any], progress: Callable[[BuildProgress], None] | None
-) -> None:
-    if event["event"] == "built":
-        run.built = event
-        run.peak_memory = max(run.peak_memory, event["peak_memory"])
-    else:
-        run.phase = event["phase"]
-        if progress is not None:
-            progress(BuildProgress(event["phase"], event["step"], event["steps"]))
+def _take_event(run: ChildRun, line: str, progress: Callable[[BuildProgress], None] | None) -> bool:
+    """Note the event that a line is; False where it is none."""
+    if not line.startswith(EVENT):
+        return False
+    try:
+        event = json.loads(line[len(EVENT) :])
+        if event["event"] == "built":
+            run.peak_memory = max(run.peak_memory, int(event["peak_memory"]))
+            run.built = event
+            return True
+        state = BuildProgress(str(event["phase"]), int(event["step"]), int(event["steps"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
+    run.phase = state.phase
+    if progress is not None:
+        progress(state)
+    return True
 
 
 def _write_reproducer(
@@ -284,21 +322,22 @@ def _write_reproducer(
     folder.mkdir(parents=True, exist_ok=True)
     if model.parent == folder.absolute().parent:  # so that the two may move together
         model = Path("..", model.name)
-    (folder / "request.json").write_text(request(str(model)))
-    (folder / "build.log").write_text("\n".join(run.log) + "\n")
+    write_text(folder / "request.json", request(str(model)))
+    write_text(folder / "build.log", "\n".join(run.log) + "\n")
     known = {
         **_versions(("pi05c", "polygraphy", "onnx")),
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    (folder / "versions.txt").write_text("".join(f"{name} {version}\n" for name, version in known.items()))
+    write_text(folder / "versions.txt", "".join(f"{name} {version}\n" for name, version in known.items()))
     script = folder / "reproduce.sh"
-    script.write_text(
+    write_text(
+        script,
         "#!/bin/sh\n"
         "# Builds the graph that request.json names again as it failed; the log of the failure is in build.log.\n"
         'cd "$(dirname "$0")" || exit 1\n'
-        f"exec {shlex.join(command)} request.json\n"
+        f"exec {shlex.join(command)} request.json\n",
     )
     script.chmod(0o755)
     return script

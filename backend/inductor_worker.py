@@ -100,7 +100,7 @@ def _phase(name: str) -> None:
 def main(path: str) -> int:
     """Compile what the request file at `path` asks for; failures go to the log."""
     end_with_parent()
-    request = Request.from_json(Path(path).read_text())
+    request = Request.from_json(Path(path).read_text(encoding="utf-8"))
     try:
         build(request)
     except Exception as error:

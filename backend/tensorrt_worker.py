@@ -180,7 +180,7 @@ def _save_timing_cache(config: Any, path: str) -> None:
 def main(path: str) -> int:
     """Build what the request file at `path` asks for; failures go to the log."""
     end_with_parent()
-    request = Request.from_json(Path(path).read_text())
+    request = Request.from_json(Path(path).read_text(encoding="utf-8"))
     try:
         build(request)
     except Pi05cError as error:

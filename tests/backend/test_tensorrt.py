@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -219,6 +220,44 @@ def test_silent_failure_shows_the_exit_status(
     replace_worker(monkeypatch, "print('last words'); sys.exit(7)")
     with pytest.raises(BuildError, match="exit status 7 and said last: last words"):
         build(model, plan, RTX)
+    assert_untouched(plan)
+
+
+BUILT = """print('@pi05c {"event": "built", "version": "1", "peak_memory": 1}', flush=True)"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (BUILT, "it had ended well, and wrote nothing"),
+        (f"os.unlink(request['plan']); {BUILT}", "it had ended well, and wrote nothing"),
+        ("print('@pi05c {'); sys.exit(1)", "exit status 1 and said last: @pi05c {"),
+        ("print('@pi05c [3]'); sys.exit(1)", "exit status 1"),
+        ("""print('@pi05c {"event": "built", "peak_memory": 1e999}'); sys.exit(1)""", "exit status 1"),
+        ("print('@pi05c ' + '[' * 9000); sys.exit(1)", "exit status 1"),
+        ("sys.stdout.buffer.write(b'[E] \\xff\\x00' + b'x' * 2**26); sys.exit(1)", "x\\.\\.\\.$"),
+        ("sys.stderr.write('y' * 2**26); sys.exit(1)", "exit status 1 and said last: yyy"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(30)", "its time limit of 1.5 s"),
+        ("os.fork() or time.sleep(30); sys.exit(7)", "exit status 7"),
+        ("os.fork() or os.setsid() and time.sleep(9); sys.exit(7)", "exit status 7"),
+        (
+            "os.fork() or os.setsid() and [print(time.sleep(0.01), flush=True) for _ in range(900)]; sys.exit(7)",
+            "exit status 7",
+        ),
+        ("os.fork() or os.setsid() and time.sleep(9); time.sleep(30)", "its time limit of 1.5 s"),
+    ],
+    ids=range(13),
+)
+def test_builders_of_every_bad_kind(
+    model: Path, plan: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    """They write nothing or no JSON, flood the log, take no notice of signals, leave processes that hold the log open."""
+    replace_worker(monkeypatch, code)
+    started = time.monotonic()
+    with pytest.raises(BuildError, match=said) as error:
+        build(model, plan, replace(RTX, time_limit_s=1.5))
+    assert time.monotonic() - started < 6
+    assert len(str(error.value)) < 1200
     assert_untouched(plan)
 
 
