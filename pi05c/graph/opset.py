@@ -19,13 +19,19 @@ from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, model_from_proto, scopes
+from pi05c.graph.weights import array_of
 
 _TYPES_ONLY = frozenset({"Constant", "If", "Loop", "Scan", "SequenceMap"})
 """Operators whose newer versions, from opset 11 on, take more types and change nothing else."""
 
-_MISCONVERTED = {"GroupNormalization": 21}
+_MISCONVERTED = {"GroupNormalization": 21, "Hardmax": 13}
 """Operators that onnx 1.23's converter leaves as they are at an opset that gave them another meaning: scale and bias
-are one a group before, one a channel from then on."""
+are one a group before, one a channel from then on; all axes from one on are taken together before, one axis from then
+on."""
+
+_CHOOSING_PIXELS = 11
+"""The opset from which on Resize states which pixels it takes, and takes other ones where it does not. Onnx 1.23's converter
+states nothing (ONNX operator changelog)."""
 
 
 def raise_opset(model: Model, opset: int) -> bool:
@@ -89,8 +95,11 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
     None where the node stays as it is. `forms` holds the answers for nodes that differ in names only.
     """
     attributes = attributes_of(node.attrs)
+    resized = node.op in ("Upsample", "Resize") and old < _CHOOSING_PIXELS <= new
+    pixels = _pixels(node) if resized else {}
     key = (
         node.op,
+        tuple(pixels.items()),
         tuple(sorted(attribute.SerializeToString() for attribute in attributes)),
         tuple(_declared(tensor) for tensor in node.inputs),
         tuple(_declared(tensor) for tensor in node.outputs),
@@ -99,8 +108,13 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
         alone = _alone(node, attributes, old)
         try:
             if old < _MISCONVERTED.get(node.op, 0) <= new:
-                raise ValueError(f"its inputs mean something else from opset {_MISCONVERTED[node.op]} on")
+                raise ValueError(f"it means something else from opset {_MISCONVERTED[node.op]} on")
+            if resized and not pixels:
+                raise ValueError("which pixels it takes depends on whether the image grows along each axis")
             converted = onnx.version_converter.convert_version(alone, new)
+            for made in converted.graph.node:
+                if made.op_type == "Resize":
+                    made.attribute.extend(onnx.helper.make_attribute(*item) for item in pixels.items())
         except Exception as error:  # the converter raises whatever its C++ assertions become
             reason = " ".join(str(error).split())
             raise Pi05cError(
@@ -110,6 +124,22 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
         same = len(converted.graph.node) == 1 and _bare(converted.graph.node[0]) == _bare(alone.graph.node[0])
         forms[key] = None if same else converted.SerializeToString()
     return forms[key]
+
+
+def _pixels(node: gs.Node) -> dict[str, str]:
+    """Attributes that state which pixels an Upsample or Resize of an older opset takes; none where no attributes do.
+
+    The nearest pixel is the one before where an image grows, and the one behind where it shrinks (onnxruntime 1.32).
+    """
+    attributes = {"coordinate_transformation_mode": "asymmetric"}
+    if node.attrs.get("mode", "nearest") != "nearest":
+        return attributes
+    scales = node.attrs.get("scales")
+    if scales is None and isinstance(node.inputs[-1], gs.Constant):
+        scales = array_of(node.inputs[-1]).reshape(-1)
+    if node.op == "Resize" and (scales is None or min(scales) < 1 < max(scales)):
+        return {}
+    return {**attributes, "nearest_mode": "floor" if node.op == "Upsample" or min(scales) >= 1 else "ceil"}
 
 
 def _declared(tensor: gs.Tensor) -> object:

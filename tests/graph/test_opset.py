@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import model_proto, run_file, small_model
+from models import model_proto, run_file, run_proto, small_model
 
 from pi05c.graph.check import problems
 from pi05c.graph.domains import bare_name
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.io import Model, load, model_from_proto, save, scopes
+from pi05c.graph.io import Model, load, model_from_proto, save, scopes, to_whole_proto
 from pi05c.graph.opset import raise_opset
 from pi05c.graph.text import canonical_text
 
@@ -128,3 +128,46 @@ def test_an_opset_that_onnx_does_not_know() -> None:
     model = small_model("plain (float[2] x) => (float[2] y) { y = Relu(x) }")
     with pytest.raises(Pi05cError, match="install a newer one"):
         raise_opset(model, 999)
+
+
+@pytest.mark.parametrize(
+    ("opset", "operator", "mode", "factor"),
+    [
+        (9, "Upsample", "nearest", 2.0),
+        (9, "Upsample", "linear", 2.0),
+        (10, "Resize", "nearest", 1.5),
+        (10, "Resize", "nearest", 0.8),
+        (10, "Resize", "linear", 1.5),
+        (10, "Resize", "linear", 0.8),
+    ],
+)
+def test_resized_images_take_the_pixels_that_they_took(
+    opset: int, operator: str, mode: str, factor: float
+) -> None:
+    size = int(5 * factor)
+    text = f"""resized (float[1,1,5,5] x) => (float[1,1,{size},{size}] y) {{
+      y = {operator}<mode = "{mode}">(x, s)
+    }}"""
+    scales = np.array([1, 1, factor, factor], np.float32)
+    model = small_model(text, {"s": scales}, opset=opset)
+    x = np.random.default_rng(3).standard_normal((1, 1, 5, 5)).astype(np.float32)
+    (before,) = run_proto(to_whole_proto(model), {"x": x})
+    raise_opset(model, 21)
+    (after,) = run_proto(to_whole_proto(model), {"x": x})
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("node", "weights"),
+    [
+        ("Resize(x, s)", {"s": np.array([1, 1, 2, 0.5], np.float32)}),
+        ("Hardmax<axis = 1>(x)", {}),
+    ],
+    ids=["an image that grows along one axis and shrinks along another", "Hardmax"],
+)
+def test_what_the_converter_would_give_another_meaning_is_refused(
+    node: str, weights: dict[str, np.ndarray]
+) -> None:
+    model = small_model(f"odd (float[1,1,4,4] x) => (float[1,1,h,w] y) {{ y = {node} }}", weights, opset=10)
+    with pytest.raises(Pi05cError, match=f"onnx cannot convert {node.split('(')[0].split('<')[0]} "):
+        raise_opset(model, 13)
