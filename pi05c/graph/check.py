@@ -191,17 +191,24 @@ def _bad_scales(graph: gs.Graph) -> list[str]:
 
 
 def weights_as_inputs(graph: onnx.GraphProto) -> None:
-    """Turn initializers without bytes, in bodies too, into inputs of the graph, which the checker accepts."""
+    """Turn initializers without bytes, in bodies too, into inputs of the graph, which the checker accepts.
+
+    One that a body returns becomes a new name of such an input, made in the body.
+    """
     known = {value.name for value in graph.input}
     for scope in list(graphs_in(graph)):
         kept = []
+        returned = {value.name for value in scope.output} if scope is not graph else set()
         for tensor in scope.initializer:
             if not any(entry.value.startswith(PENDING) for entry in tensor.external_data):
                 kept.append(tensor)
-            elif tensor.name not in known:
-                known.add(tensor.name)
-                graph.input.append(
-                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                )
+                continue
+            name = tensor.name
+            if name in returned:
+                name = f"{name} outside"
+                scope.node.insert(0, onnx.helper.make_node("Identity", [name], [tensor.name]))
+            if name not in known:
+                known.add(name)
+                graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         del scope.initializer[:]
         scope.initializer.extend(kept)

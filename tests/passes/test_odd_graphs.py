@@ -317,6 +317,17 @@ CASES = [
         }""",
     ),
     Odd(
+        "canonicalize",
+        "a body that returns what is folded",
+        """(float[4] x, bool c) => (float[400] y) {
+          y = If(c)<
+            then_branch = yes () => (float[400] a) { a = Neg(w) },
+            else_branch = no () => (float[400] b) { b = Tanh(w) }
+          >
+        }""",
+        {"w": normal(1, 400)},
+    ),
+    Odd(
         "disable_conv2d_quant",
         "a weight with a scale for each block",
         """(float[1,5,4,4] x) => (float[1,8,4,4] y) {
