@@ -7,7 +7,7 @@ of its own without weights, and what comes back takes the node's place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx.version_converter
@@ -19,6 +19,7 @@ from pi05c.graph.dtypes import to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, model_from_proto, scopes
+from pi05c.graph.scopes import nodes_of
 from pi05c.graph.weights import array_of
 
 _TYPES_ONLY = frozenset({"Constant", "If", "Loop", "Scan", "SequenceMap"})
@@ -37,8 +38,8 @@ states nothing (ONNX operator changelog)."""
 def raise_opset(model: Model, opset: int) -> bool:
     """Convert `model` in place up to `opset`; a model that is there already is left as it is.
 
-    Bodies are converted too; names, types, metadata and weights are kept, and weights are not read. Nothing is
-    edited if anything cannot be converted. Functions of the model keep the opset that they state.
+    Bodies and functions of the model are converted too; names, types, metadata and weights are kept, and weights are
+    not read. Nothing is edited if anything cannot be converted.
 
     Returns:
         Whether the opset was raised.
@@ -56,25 +57,30 @@ def raise_opset(model: Model, opset: int) -> bool:
         )
     forms: dict[object, bytes | None] = {}
     changed: dict[int, bytes] = {}
-    for scope in scopes(graph):
-        for node in scope.nodes:
-            if _has_other_version(node, graph.opset, opset):
-                converted = _convert(node, graph.opset, opset, forms)
+    wholes = [graph, *(function for function in graph.functions if function.opset < opset)]
+    for whole in wholes:
+        for node in nodes_of(whole):
+            if _has_other_version(node, whole.opset, opset):
+                converted = _convert(node, whole.opset, opset, forms)
                 if converted is not None:
                     changed[id(node)] = converted
-    names = Names(graph)
-    domains = [
-        onnx.helper.make_opsetid(known.domain, opset if known.domain in STANDARD_DOMAINS else known.version)
-        for known in graph.import_domains or [onnx.helper.make_opsetid("", opset)]
-    ]
-    for scope in list(scopes(graph)):
-        scope.nodes = [
-            new
-            for node in scope.nodes
-            for new in (_replacement(node, changed[id(node)], names) if id(node) in changed else [node])
+    for whole in wholes:
+        names = Names(whole)
+        domains = [
+            onnx.helper.make_opsetid(
+                known.domain, opset if known.domain in STANDARD_DOMAINS else known.version
+            )
+            for known in whole.import_domains or [onnx.helper.make_opsetid("", opset)]
         ]
-        scope.opset, scope.import_domains = opset, domains
-    graph.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(domains, True))
+        for scope in list(scopes(whole)):
+            scope.nodes = [
+                new
+                for node in scope.nodes
+                for new in (_replacement(node, changed[id(node)], names) if id(node) in changed else [node])
+            ]
+            scope.opset, scope.import_domains = opset, domains
+    needed = onnx.helper.find_min_ir_version_for(graph.import_domains, True)
+    graph.ir_version = max(graph.ir_version or 0, needed)
     return True
 
 
@@ -94,12 +100,14 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
 
     None where the node stays as it is. `forms` holds the answers for nodes that differ in names only.
     """
-    attributes = attributes_of(node.attrs)
+    given = {key: value for key, value in node.attrs.items() if isinstance(value, gs.Node.AttributeRef)}
+    attributes = attributes_of({key: value for key, value in node.attrs.items() if key not in given})
     resized = node.op in ("Upsample", "Resize") and old < _CHOOSING_PIXELS <= new
     pixels = _pixels(node) if resized else {}
     key = (
         node.op,
         tuple(pixels.items()),
+        tuple(given),
         tuple(sorted(attribute.SerializeToString() for attribute in attributes)),
         tuple(_declared(tensor) for tensor in node.inputs),
         tuple(_declared(tensor) for tensor in node.outputs),
@@ -122,6 +130,12 @@ def _convert(node: gs.Node, old: int, new: int, forms: dict[object, bytes | None
                 f"{node.name!r} ({reason}); export the model at opset {new}"
             ) from error
         same = len(converted.graph.node) == 1 and _bare(converted.graph.node[0]) == _bare(alone.graph.node[0])
+        known: Mapping[str, object] = onnx.defs.get_schema(node.op, new).attributes
+        if given and (not same or not known.keys() >= given.keys()):
+            raise Pi05cError(
+                f"the graph cannot be raised from opset {old} to {new}: {node.op} {node.name!r} in a function of the "
+                f"model has attributes that its callers give ({', '.join(given)}); export the model at opset {new}"
+            )
         forms[key] = None if same else converted.SerializeToString()
     return forms[key]
 

@@ -171,3 +171,32 @@ def test_what_the_converter_would_give_another_meaning_is_refused(
     model = small_model(f"odd (float[1,1,4,4] x) => (float[1,1,h,w] y) {{ y = {node} }}", weights, opset=10)
     with pytest.raises(Pi05cError, match=f"onnx cannot convert {node.split('(')[0].split('<')[0]} "):
         raise_opset(model, 13)
+
+
+def _with_function(function: str, opset: int) -> Model:
+    text = f"""<ir_version: 10, opset_import: ["": {opset}, "own": 1]>
+      called (float[2,4] x) => (float[2,4] y) {{ y = own.centred(x) }}
+      <domain: "own", opset_import: ["": {opset}]> {function}"""
+    return model_from_proto(onnx.parser.parse_model(text))
+
+
+def test_functions_are_converted_too() -> None:
+    model = _with_function(
+        "centred (a) => (b) { mean = ReduceMean<axes = [-1], keepdims = 1>(a) b = Sub(a, mean) }", 13
+    )
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    (before,) = run_proto(to_whole_proto(model), {"x": x})
+    raise_opset(model, 21)
+    assert problems(model) == []
+    (after,) = run_proto(to_whole_proto(model), {"x": x})
+    np.testing.assert_array_equal(after, before)
+
+
+def test_attributes_that_callers_give_are_kept_or_refused() -> None:
+    kept = _with_function("centred <slope> (a) => (b) { b = LeakyRelu<alpha: float = @slope>(a) }", 13)
+    kept.graph.nodes[0].attrs["slope"] = 0.5
+    raise_opset(kept, 21)
+    assert problems(kept) == []
+    lost = _with_function("centred <along> (a) => (b) { b = ReduceMean<axes: ints = @along>(a) }", 13)
+    with pytest.raises(Pi05cError, match=r"has attributes that its callers give \(axes\)"):
+        raise_opset(lost, 21)
