@@ -71,6 +71,11 @@ def refuse_malformed(proto: onnx.ModelProto) -> None:
             )
     for function in proto.functions:
         _refuse_bytes(function, ("name", "domain", "doc_string"))
+        if function.domain in STANDARD_DOMAINS:
+            raise Pi05cError(
+                f"function {shortened(function.name)} is of ONNX's own domain, where it would pass for the operator of its "
+                "name: give it a domain of its own"
+            )
         _check_nodes(nodes_in(function.node))
     _check_calls(proto)
 

@@ -359,6 +359,14 @@ def test_functions_that_call_themselves(folder: Path) -> None:
         assert "calls itself" in refused(folder, model([call("F", "x", "y")], functions=functions))
 
 
+def test_functions_that_pass_for_operators(folder: Path) -> None:
+    for name in ("Gelu", "Unheard"):
+        own = function(name, [helper.make_node("Neg", ["a"], ["b"])])
+        own.domain = ""
+        proto = model([helper.make_node(name, ["x"], ["y"])], functions=[own])
+        assert "is of ONNX's own domain" in refused(folder, proto)
+
+
 def test_functions_that_unfold_to_more_than_anybody_holds(folder: Path) -> None:
     functions = [function("F0", [helper.make_node("Neg", ["a"], ["b"])])]
     for level in range(1, 60):
