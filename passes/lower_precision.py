@@ -9,9 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pi05c.graph.domains import bare_name
 from pi05c.graph.dtypes import BFLOAT16, FLOAT16, FLOAT32, LARGEST, to_numpy
 from pi05c.graph.edit import producer
 from pi05c.graph.ranges import Ranges, bounding_tensors
+from pi05c.graph.scopes import nodes_of
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, scalar
@@ -32,6 +34,9 @@ _OF_STATED_TYPE = _FILLING | frozenset(
     {"Bernoulli", "BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix", "BitCast", "Range"}
 )
 """Operators whose attribute, or whose inputs of a type that is fixed, say of which type their result is."""
+
+_STATING = _OF_STATED_TYPE | {"Cast", "Constant", "QuantizeLinear", "DequantizeLinear"}
+"""Operators by which a function of the model holds to the types that it was written for."""
 
 _COMPARED = frozenset({"Equal", "OneHot", "Mod", "Floor", "Ceil", "Round"})
 """Operators on floats that stand for whole numbers, which 16 bits merge beyond their significand."""
@@ -103,6 +108,7 @@ def lower_precision(
     if ctx.ranges is None:
         ctx.note("no ranges: nothing guards activations against overflow except constants")
     low = []
+    fixed = _functions_of_fixed_type(graph)
     stuck, kept, guarded = _stuck_quantizers(graph, dtype), set[int](), set[int]()
     for _, node in each_node(graph):
         if not any(
@@ -126,6 +132,8 @@ def lower_precision(
         elif node.op in _OF_STATED_TYPE:
             ctx.skip(node, f"{node.op} makes values of the type that it states")
             kept.update(id(t) for t in node.outputs if ranges.amax(t) is None)
+        elif (node.domain, bare_name(node)) in fixed:
+            ctx.skip(node, "it is a function of the model, inside which types are stated")
         elif not takes(node, dtype, graph.opset):
             ctx.skip(node, f"{node.op} has no {dtype} at opset {graph.opset}")
         else:
@@ -137,6 +145,26 @@ def lower_precision(
     for group in groups:
         if changed := [node for node in group if id(node) in changing]:
             ctx.changed(*changed)
+
+
+def _functions_of_fixed_type(graph: gs.Graph) -> set[tuple[str | None, str]]:
+    """Domains and names of functions that hold numbers of a type, or state one: they do not take any other."""
+    fixed = {
+        (function.domain, function.name)
+        for function in graph.functions
+        for node in nodes_of(function)
+        if node.op in _STATING or any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+    }
+    size = -1
+    while size != len(fixed):
+        size = len(fixed)
+        fixed |= {
+            (function.domain, function.name)
+            for function in graph.functions
+            for node in nodes_of(function)
+            if (node.domain, bare_name(node)) in fixed
+        }
+    return fixed
 
 
 def _with_casts(nodes: list[gs.Node]) -> list[list[gs.Node]]:

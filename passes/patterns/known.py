@@ -138,6 +138,9 @@ class Known:
             condition, yes, no = parts
             return None if condition is None or yes is None or no is None else choose(condition, yes, no)
         if op == "Concat":
+            shapes = [static_shape(tensor) for tensor in inputs]
+            if None in shapes:
+                return None
             return _joined([(self.of(t, depth), static_shape(t) or ()) for t in inputs], node.attrs["axis"])
         if op in _BINARY or op == "And":
             left, right = (self.of(tensor, depth) for tensor in inputs)

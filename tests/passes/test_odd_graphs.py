@@ -627,3 +627,22 @@ def test_a_pass_by_itself_raises_the_opset_to_the_one_that_it_writes(name: str) 
     model = editable(graph_text("g (float[2,8] x) => (float[2,8] y) { y = Tanh(x) }", opset=11))
     run_pass(model, name)
     assert model.graph.opset == 13  # from which on Split takes its sizes as an input
+
+
+def test_a_mask_of_which_only_the_whole_has_a_known_size() -> None:
+    proto = graph_text(
+        """
+        g (float[1,3,4] q, float[1,4,5] k, float[1,5,6] v, bool[1,n] given) => (float[1,3,6] y) {
+          seen = Concat<axis=1>(given, hidden)
+          logits = MatMul(q, k)
+          masked = Where(seen, logits, low)
+          probs = Softmax<axis=-1>(masked)
+          y = MatMul(probs, v)
+        }""",
+        {"hidden": np.zeros((1, 2), np.bool_), "low": np.float32(LOW)},
+    )
+    proto.graph.value_info.append(helper.make_tensor_value_info("seen", TensorProto.BOOL, [1, 5]))
+    after = editable(proto)
+    run_pass(after, "drop_dead_prefix")
+    inputs = {**seeded_inputs(proto, 2), "given": np.ones((1, 3), np.bool_)}
+    assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6

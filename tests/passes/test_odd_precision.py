@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from pass_graphs import (
     Array,
@@ -198,3 +200,25 @@ def test_a_loop_carries_x_in_float32_whatever_else_its_body_returns(body: str) -
 def _carried_types(model: Model) -> list[str]:
     (loop,) = (node for _, node in each_loop(model.graph))
     return [name_of(tensor.dtype) for tensor in loop.attrs["body"].inputs[2:]]
+
+
+@pytest.mark.parametrize(
+    ("body", "type_"),
+    [
+        ("{ c = Constant<value_float = 2.0>() b = Mul(a, c) }", "float32"),
+        ("{ c = Relu(a) b = Mul(a, c) }", "float16"),
+    ],
+    ids=["which holds a number", "of any type"],
+)
+def test_functions_of_the_model(body: str, type_: str) -> None:
+    proto = graph_text("g (float[2,8] x) => (float[2,8] y) { called = Neg(x) y = Tanh(called) }")
+    function = onnx.parser.parse_function(f'<domain: "own", opset_import: ["": 21]> F (a) => (b) {body}')
+    proto.functions.append(function)
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    proto.graph.node[0].domain, proto.graph.node[0].op_type = "own", "F"
+    model = editable(proto)
+    inputs = {"x": normal(1, 2, 8)}
+    run_passes(model, "fp16", [inputs])
+    assert name_of(node_of(model, "called").outputs[0].dtype) == type_
+    assert problems(model) == []
+    assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) <= 2e-3
