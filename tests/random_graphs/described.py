@@ -42,7 +42,9 @@ def described(graph: Generated, rng: random.Random) -> Generated:
         proto.opset_import.append(helper.make_opsetid("com.example", 3))
     _add_constants(proto, rng)
     for body in _graphs_in(proto.graph):
-        for holder in (body, *body.node, *body.initializer, *body.input, *body.output):
+        values = {value.name: value for value in (*body.output, *body.input)}
+        repeated = len(values) < len(body.output) + len(body.input)  # what is said of a tensor is said once
+        for holder in (body, *body.node, *body.initializer, *(() if repeated else values.values())):
             describe(holder)
     for value in proto.graph.input:
         if rng.random() < 0.2:
