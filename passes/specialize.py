@@ -14,7 +14,7 @@ from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import static_shape
 
 
-@graph_pass(exact=True)
+@graph_pass(exact=True, min_opset=10)
 def specialize(
     graph: gs.Graph,
     ctx: PassContext,

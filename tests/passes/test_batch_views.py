@@ -168,6 +168,19 @@ def test_operators_that_mix_the_batch(name: str) -> None:
     assert reasons[0].startswith(f"{last[: last.index('(')].split('<')[0]} 'y0.")
 
 
+def test_an_older_opset_is_raised_to_the_one_of_what_is_put_in() -> None:
+    """Split takes its sizes as an input from opset 13 on."""
+    proto = with_operator("y@ = Tanh(x@)", 1)
+    last = proto.graph.node[-1]
+    last.op_type = "Sub"
+    del last.attribute[:]
+    proto.opset_import[0].version = 11
+    model, result = batched(proto)
+    assert len(result.changes) == 1
+    assert operators(model)["Split"] == 1
+    assert model.graph.opset == 13
+
+
 def test_a_mean_of_all_mixes_the_batch() -> None:
     (reason,) = refused(with_operator("m@ = ReduceMean(x@)\n y@ = Mul(x@, m@)", 2))
     assert reason.startswith("ReduceMean 'm0.")
