@@ -17,7 +17,7 @@ from pi05c.graph.scopes import nodes_of
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, scalar
-from pi05c.passes.retype import CONTROL_FLOW, Retyper, others_than, remove_redundant_casts, takes
+from pi05c.passes.retype import CONTROL_FLOW, Retyper, others_than, remove_redundant_casts, states_type, takes
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
 """Smallest positive number with the full significand (IEEE 754 binary16; bfloat16)."""
@@ -30,12 +30,20 @@ _FILLING = frozenset(
 )
 """Operators whose values come from none that are given."""
 
-_OF_STATED_TYPE = _FILLING | frozenset(
-    {"Bernoulli", "BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix", "BitCast", "Range"}
+_STATING = _FILLING | frozenset(
+    {
+        *(
+            "Bernoulli",
+            "BlackmanWindow",
+            "HammingWindow",
+            "HannWindow",
+            "MelWeightMatrix",
+            "BitCast",
+            "Range",
+        ),
+        *("Cast", "Constant", "QuantizeLinear", "DequantizeLinear"),
+    }
 )
-"""Operators whose attribute, or whose inputs of a type that is fixed, say of which type their result is."""
-
-_STATING = _OF_STATED_TYPE | {"Cast", "Constant", "QuantizeLinear", "DequantizeLinear"}
 """Operators by which a function of the model holds to the types that it was written for."""
 
 _COMPARED = frozenset({"Equal", "OneHot", "Mod", "Floor", "Ceil", "Round"})
@@ -129,7 +137,7 @@ def lower_precision(
             kept.update(id(t) for t in node.outputs if id(node) in stuck or ranges.amax(t) is None)
             if guard and (_guards(node, dtype) or _hands_on(node)):
                 guarded.update(id(t) for t in node.outputs)
-        elif node.op in _OF_STATED_TYPE:
+        elif states_type(node):
             ctx.skip(node, f"{node.op} makes values of the type that it states")
             kept.update(id(t) for t in node.outputs if ranges.amax(t) is None)
         elif (node.domain, bare_name(node)) in fixed:

@@ -17,8 +17,14 @@ from pi05c.graph.weights import array_of, weight_of
 from pi05c.passes.patterns.loop_form import LoopForm, same_value
 from pi05c.passes.patterns.walk import output_ids
 
-FIXED_INPUTS = {"Resize": {1, 2, 3}, "Loop": {0, 1}, "If": {0}, "Range": {0, 1, 2}}
+FIXED_INPUTS = {"BitCast": {0}, "If": {0}, "Loop": {0, 1}, "Range": {0, 1, 2}, "Resize": {1, 2, 3}}
 """Inputs whose type an operator fixes whatever its data's type is (operator specifications)."""
+
+_TYPE_FOLLOWS_RETYPING = frozenset({"Cast", "DequantizeLinear"})
+"""Operators that get their type from an attribute, which is retyped, or from their scale."""
+
+_FLOAT32_INSIDE = frozenset({"MeanVarianceNormalization"})
+"""Operators that ONNX defines by others with a constant in float32, whatever types it says that they take (opset 13)."""
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """Operators that pass values into bodies: their own inputs and outputs keep their type."""
@@ -197,6 +203,8 @@ def takes(node: gs.Node, dtype: Any, opset: int) -> bool:
         schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
     except onnx.defs.SchemaError:
         return True
+    if node.op in _FLOAT32_INSIDE:
+        return bool(to_numpy(dtype) == FLOAT32)
     allowed = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
     wanted = f"tensor({to_numpy(dtype)})"
     fixed = FIXED_INPUTS.get(node.op, ())
@@ -208,6 +216,26 @@ def takes(node: gs.Node, dtype: Any, opset: int) -> bool:
             if wanted not in allowed.get(kind, [kind]):
                 return False
     return True
+
+
+def states_type(node: gs.Node) -> bool:
+    """Whether a node makes floats whose type follows from none of its inputs that are retyped.
+
+    An attribute states it (`ConstantOfShape`, `HannWindow`, `BitCast`), or an input that is left alone (`Range`).
+    """
+    if node.op in _TYPE_FOLLOWS_RETYPING:
+        return False
+    try:
+        schema = onnx.defs.get_schema(node.op, node.domain or "")
+    except onnx.defs.SchemaError:
+        return False
+    fixed = FIXED_INPUTS.get(node.op, ())
+    inputs = {formal.type_str for index, formal in enumerate(schema.inputs) if index not in fixed}
+    return any(
+        schema.outputs[min(index, len(schema.outputs) - 1)].type_str not in inputs
+        for index, tensor in enumerate(node.outputs)
+        if tensor.name and is_float(tensor.dtype)
+    )
 
 
 def others_than(nodes: Iterable[gs.Node], dtype: Any) -> list[gs.Node]:
@@ -242,8 +270,8 @@ def _entering(node: gs.Node, inside: set[int]) -> list[tuple[int, gs.Tensor]]:
 
 
 def _without_borders(nodes: Iterable[gs.Node]) -> list[gs.Node]:
-    """`nodes` without control flow, and without the Casts whose readers are all elsewhere."""
-    nodes = [node for node in nodes if node.op not in CONTROL_FLOW]
+    """`nodes` without control flow and what states its own type, and without the Casts whose readers are all elsewhere."""
+    nodes = [node for node in nodes if node.op not in CONTROL_FLOW and not states_type(node)]
     inside = {id(node) for node in nodes}
     for node in reversed(nodes):
         if node.op == "Cast" and not any(id(user) in inside for user in node.outputs[0].outputs):

@@ -119,7 +119,8 @@ def _odd_types(node: gs.Node) -> list[str]:
     for position, what, allowed in _FOLLOWERS.get(node.op, ()):
         if position < len(node.inputs) and node.inputs[position].name:
             follower, leader = (to_numpy(node.inputs[index].dtype) for index in (position, 0))
-            if None not in (follower, leader) and follower not in (leader, *allowed):
+            known = follower is not None and leader is not None
+            if known and follower not in (leader, *allowed):
                 found.append(
                     f"the {what} of {node.op} {node.name!r} is {name_of(follower)}, where its data is {name_of(leader)}"
                 )

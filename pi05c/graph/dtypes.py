@@ -32,6 +32,7 @@ _FROM_ONNX: dict[int, np.dtype[Any]] = {
     for value in onnx.helper.get_all_tensor_dtypes()
     if value not in (onnx.TensorProto.UNDEFINED,)
 }
+_PACKED_BITS = {"float4_e2m1fn": 4, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}
 _TO_ONNX = {dtype: value for value, dtype in _FROM_ONNX.items()}
 
 
@@ -67,18 +68,13 @@ def name_of(dtype: Any) -> str:
 
 
 def bits(dtype: Any) -> int:
-    """Bits of one element in storage: 4 for FP4 and INT4, which are packed two a byte."""
+    """Bits of one element in storage, where a byte holds several of FP4, INT4 and INT2."""
     numpy_dtype = to_numpy(dtype)
     assert numpy_dtype is not None
-    if to_onnx(numpy_dtype) in (
-        onnx.TensorProto.FLOAT4E2M1,
-        onnx.TensorProto.INT4,
-        onnx.TensorProto.UINT4,
-    ):
-        return 4
-    return numpy_dtype.itemsize * 8
+    return _PACKED_BITS.get(numpy_dtype.name, numpy_dtype.itemsize * 8)
 
 
 def is_float(dtype: Any) -> bool:
     """Whether it is a working precision (float16, bfloat16, float32, float64)."""
-    return to_numpy(dtype) in WORKING_PRECISIONS
+    found = to_numpy(dtype)
+    return found is not None and found in WORKING_PRECISIONS  # numpy takes None for float64

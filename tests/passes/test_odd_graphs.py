@@ -22,7 +22,7 @@ from pass_graphs import (
 )
 
 from pi05c.graph.check import problems
-from pi05c.graph.dtypes import to_numpy
+from pi05c.graph.dtypes import is_float, to_numpy
 from pi05c.graph.io import model_from_proto, to_proto
 from pi05c.graph.weights import array_of
 from pi05c.passes import PRESETS
@@ -646,3 +646,40 @@ def test_a_mask_of_which_only_the_whole_has_a_known_size() -> None:
     run_pass(after, "drop_dead_prefix")
     inputs = {**seeded_inputs(proto, 2), "given": np.ones((1, 3), np.bool_)}
     assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "opset"),
+    [
+        ("(int32 n, float[4] x) => (float[4] y) { w = HannWindow(n) y = Mul(x, w) }", 21),
+        ("(float a, float b, float[4] x) => (float[4] y) { w = Range(a, b, a) y = Mul(x, w) }", 21),
+        ("(int64 n, float[4,4] x) => (float[4,4] y) { w = MelWeightMatrix(n, n, n, low, high) y = MatMul(x, w) }", 21),
+        ("(float[4] x) => (int32[4] y) { h = Mul(x, x) y = BitCast<to = 6>(h) }", 26),
+        ("(int32[4] i, float[4] x) => (float[4] y) { w = BitCast<to = 1>(i) y = Mul(x, w) }", 26),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "passes", ["canonicalize,lower_precision", "canonicalize,lower_precision{to=bfloat16}"]
+)
+def test_what_takes_or_makes_one_type_alone_is_not_narrowed(passes: str, text: str, opset: int) -> None:
+    if opset > onnx.defs.onnx_opset_version():
+        pytest.skip(f"onnx {onnx.__version__} has no opset {opset}")
+    integers = {"low": np.array(0.0, np.float32), "high": np.array(2000.0, np.float32)}
+    model = editable(graph_text(f"g {text}", integers if "low" in text else {}, opset=opset))
+    run(model, parse(passes, PRESETS))
+    assert problems(model) == []
+
+
+def test_an_operator_that_is_defined_in_float32_stays_there() -> None:
+    """MeanVarianceNormalization, whose default axes onnx 1.23 takes for missing."""
+    proto = graph_text("g (float[2,3,4,4] x) => (float[2,3,4,4] y) { y = MeanVarianceNormalization(x) }")
+    model = editable(proto)
+    run(model, parse("fp16", PRESETS))
+    assert problems(model) == []
+    inputs = seeded_inputs(proto)
+    assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) < 1e-2
+
+
+def test_a_tensor_of_unknown_type_is_no_float() -> None:
+    """numpy takes None for float64."""
+    assert not is_float(None)
