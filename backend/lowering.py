@@ -64,8 +64,14 @@ _FLOAT8_TYPES = (
     TensorProto.FLOAT8E5M2,
     TensorProto.FLOAT8E5M2FNUZ,
 )
-_NOT_IN_NUMPY = (TensorProto.BFLOAT16, *_FLOAT8_TYPES)
-"""Types that onnxruntime's Python API neither takes from nor gives to numpy."""
+_NARROW_NAMES = ("INT2", "UINT2", "INT4", "UINT4", "FLOAT8E8M0")
+_NOT_IN_NUMPY = frozenset(
+    {
+        *(TensorProto.BFLOAT16, *_FLOAT8_TYPES),
+        *(getattr(TensorProto, name) for name in _NARROW_NAMES if hasattr(TensorProto, name)),
+    }
+)
+"""Types that onnxruntime's Python API neither takes from nor gives to numpy; float32 holds each of their values."""
 
 KEPT = "EliminateIdentity"
 """The optimizer of onnxruntime that must be disabled where a lowered model runs."""

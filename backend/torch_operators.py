@@ -97,7 +97,7 @@ def to_torch(values: Any) -> Tensor:
     if name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     if name == "float8_e4m3fn":
-        return torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(torch.float8_e4m3fn)
+        return torch.from_numpy(np.asarray(values, order="C").view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(values)
 
 

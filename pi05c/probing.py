@@ -160,27 +160,30 @@ class ProbedGraph:
         import onnxruntime
 
         session, weights = _loaded(self)
-        feeds = dict(weights)
-        for name, array in sample.items():
-            fed = np.asarray(array, np.float32 if name in self._renamed else None, order="C")
-            feeds[self._renamed.get(name, name)] = onnxruntime.OrtValue.ortvalue_from_numpy(fed)
-        for each in found.rows:
-            feeds[each.indices] = onnxruntime.OrtValue.ortvalue_from_numpy((places or {})[each.tensor])
+        arrays = {
+            self._renamed.get(name, name): array.astype(np.float32) if name in self._renamed else array
+            for name, array in sample.items()
+        }
+        arrays.update((each.indices, (places or {})[each.tensor]) for each in found.rows)
         outputs = [
             *found.outputs,
             *(each.output for each in found.rows),
             *(each.output for each in found.histograms),
         ]
         try:
-            values = session.run_with_ort_values(outputs, feeds)
+            feeds = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+                for name, array in arrays.items()
+            }
+            values = session.run_with_ort_values(outputs, {**weights, **feeds})
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
-        arrays = iter([value.numpy() for value in values])
-        numbers = [np.zeros((len(self.probes), 0)), *itertools.islice(arrays, len(found.outputs))]
+        results = iter([value.numpy() for value in values])
+        numbers = [np.zeros((len(self.probes), 0)), *itertools.islice(results, len(found.outputs))]
         return Probed(
             np.concatenate(numbers, axis=1),
-            {each.tensor: next(arrays) for each in found.rows},
-            [next(arrays) for _ in found.histograms],
+            {each.tensor: next(results) for each in found.rows},
+            [next(results) for _ in found.histograms],
         )
 
     def _session(self) -> tuple[Any, dict[str, Any]]:

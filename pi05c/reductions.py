@@ -262,6 +262,8 @@ class _Found:
     def obstacle(self, tensor: gs.Tensor) -> str | None:
         """Why a tensor cannot be reduced: None if it can, empty if its type has no range."""
         dtype = to_numpy(tensor.dtype)
+        if isinstance(tensor, gs.Variable) and tensor.type != "tensor_type":
+            return ""
         if dtype is None:
             return "its element type is not known"
         if not is_float(dtype) and not name_of(dtype).startswith("float"):

@@ -144,7 +144,7 @@ class StepEvaluator:
         for scan in self._form.scanned:
             if (source := self._known.get(id(scan.element))) is not None:
                 where = position(scan, self._step, source.shape[scan.axis])
-                slices[id(scan.element)] = np.take(source, where, axis=scan.axis)
+                slices[id(scan.element)] = np.asarray(np.take(source, where, axis=scan.axis))
         return slices
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.dtypes import to_numpy
@@ -18,7 +17,7 @@ from pi05c.graph.io import Model, save
 from pi05c.graph.runner import Array
 from pi05c.graph.session import open_session, session_options
 from pi05c.graph.sort import captured_by, sort_graph
-from pi05c.graph.weights import array_of
+from pi05c.graph.weights import array_of, from_stored_bytes
 
 
 class Evaluator:
@@ -100,7 +99,7 @@ def _array(value: Any, tensor: gs.Variable) -> Array:
         array = value.numpy()
     else:
         raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-        array = np.frombuffer(raw, dtype).reshape(value.shape())
+        array = from_stored_bytes(raw, dtype, value.shape())
     return array
 
 

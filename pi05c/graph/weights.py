@@ -49,7 +49,7 @@ class Weight(LazyValues, ABC):  # type: ignore[misc]
     Attributes:
         shape: dimensions.
         dtype: a numpy dtype, `ml_dtypes` for bfloat16, FP8 and FP4.
-        nbytes: bytes in storage (FP4 packed two a byte).
+        nbytes: bytes in storage (two a byte of FP4 and INT4, four of INT2).
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
@@ -181,10 +181,8 @@ class Stored(Weight):
     def read(self, region: Region) -> Array:
         self.fileno()
         raw = self._file.bytes[self.offset : self.offset + self.nbytes]
-        if bits(self.dtype) == 4:
-            proto = onnx.TensorProto(data_type=to_onnx(self.dtype), dims=self.shape, raw_data=raw.tobytes())
-            unpacked: Array = numpy_helper.to_array(proto)
-            return unpacked[region]
+        if bits(self.dtype) < 8:
+            return from_stored_bytes(raw.tobytes(), self.dtype, self.shape)[region]
         values: Array = raw.view(self.dtype).reshape(self.shape)[region]
         return values
 
@@ -484,12 +482,19 @@ def array_of(constant: gs.Constant) -> Array:
 
 
 def stored_bytes(values: Array) -> bytes | memoryview:
-    """The little-endian, row-major bytes in which ONNX stores `values` (FP4 and INT4 packed two a byte)."""
-    if bits(values.dtype) == 4:
+    """The little-endian, row-major bytes in which ONNX stores `values` (FP4, INT4 and INT2 packed)."""
+    if bits(values.dtype) < 8:
         return numpy_helper.from_array(values).raw_data
     if values.dtype == np.dtype(object):  # strings, which have no such bytes; these tell them apart
         return "".join(f"{len(str(value))}:{value}" for value in values.reshape(-1)).encode()
     return _row_major(values).reshape(-1).view(np.uint8).data
+
+
+def from_stored_bytes(raw: bytes, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    """The values whose `stored_bytes` are `raw`."""
+    proto = onnx.TensorProto(data_type=to_onnx(dtype), dims=shape, raw_data=raw)
+    values: Array = numpy_helper.to_array(proto)
+    return values
 
 
 def _row_major(values: Array) -> Array:
@@ -580,6 +585,7 @@ __all__ = [
     "Transposed",
     "Weight",
     "array_of",
+    "from_stored_bytes",
     "stamp",
     "stored_bytes",
     "weight_of",

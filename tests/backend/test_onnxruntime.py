@@ -414,3 +414,19 @@ def test_a_scan_gives_what_its_body_hands_on(tmp_path: Path) -> None:
     start, x = np.float32([7, 8]), np.arange(6, dtype=np.float32).reshape(3, 2)
     found = load_runner(path).run({"start": start, "x": x})
     assert (found["last"].tolist(), found["y"].tolist()) == (start.tolist(), x.tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)], ids=str)
+def test_codes_of_four_bits_go_in_and_come_out(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+    number = helper.np_dtype_to_tensor_dtype(dtype)
+    path = write_model(
+        tmp_path / "codes.onnx",
+        [node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT), node("Cast", ["wide"], ["y"], to=number)],
+        [("x", number, [3])],
+        [("wide", TensorProto.FLOAT, [3]), ("y", number, [3])],
+    )
+    x = np.array([0, 3, 7]).astype(dtype)
+    results = load_runner(path).run({"x": x})
+    assert results["wide"].tolist() == [0, 3, 7]
+    assert results["y"].dtype == dtype
+    assert np.array_equal(results["y"], x)

@@ -253,6 +253,31 @@ def test_integer_tensors_are_passed_over() -> None:
     assert ranges.left_out == {}
 
 
+def test_sequences_are_passed_over() -> None:
+    model = model_of(
+        [
+            helper.make_node("SequenceConstruct", ["x", "x"], ["two"]),
+            helper.make_node("ConcatFromSequence", ["two"], ["out"], axis=0),
+        ],
+        [value("x", [4])],
+        [value("out", [8])],
+    )
+    ranges = measure_ranges(model, ["x", "two", "out"], samples_of(np.arange(4, dtype=np.float32)))
+    assert ranges.high == {"x": 3.0, "out": 3.0}
+    assert ranges.left_out == {}
+
+
+def test_a_sample_that_is_a_scalar() -> None:
+    """Which numpy makes a vector of where it is asked for contiguous memory."""
+    model = model_of(
+        [helper.make_node("Unsqueeze", ["x", "axes"], ["out"])],
+        [value("x", [])],
+        [value("out", [1])],
+        {"axes": np.array([0], np.int64)},
+    )
+    assert measure_ranges(model, ["x", "out"], samples_of(np.array(2, np.float32))).high["out"] == 2
+
+
 def test_tensors_with_the_same_values_share_a_reduction() -> None:
     model = model_of(
         [
@@ -349,6 +374,12 @@ def test_what_onnxruntime_cannot_run_is_one_sentence() -> None:
     model.graph.outputs[0].dtype = np.float32
     with pytest.raises(Pi05cError, match="cannot be loaded for calibration"):
         measure_ranges(model, ["x", "y"], samples_of(np.ones(4, np.float32)))
+
+
+def test_what_cannot_be_fed_is_one_sentence() -> None:
+    model = model_of([helper.make_node("Sqrt", ["x"], ["y"])], [value("x", [4])], [value("y", [4])])
+    with pytest.raises(Pi05cError, match="cannot be run for calibration"):
+        measure_ranges(model, ["y"], Samples.of([{"x": np.zeros(4, ml_dtypes.float8_e4m3fn)}]))
 
 
 def test_progress_counts_samples() -> None:

@@ -99,6 +99,14 @@ def test_mapped_bfloat16_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(value, weight.astype(np.float32).sum(0, keepdims=True), rtol=1e-5, atol=1e-5)
 
 
+def test_codes_of_which_a_byte_holds_two() -> None:
+    text = "i (int4[5] x) => (int4[5] y, int4[5] z) { y = Cast<to = 22>(w) z = Identity(x) }"
+    model = small_model(text, {"w": np.array([-8, 3, 7, 0, -1], np.float32)})
+    (value,) = Evaluator(model.graph, [model.graph.nodes[0].outputs[0]])()
+    assert value.dtype == ml_dtypes.int4
+    assert value.astype(np.int8).tolist() == [-8, 3, 7, 0, -1]
+
+
 def test_what_only_a_run_knows_is_named() -> None:
     model = small_model(TIME, WEIGHTS)
     with pytest.raises(Pi05cError, match="'x' is not known at compile time"):
