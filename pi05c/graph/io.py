@@ -32,7 +32,7 @@ from pi05c.graph.inference import with_types
 from pi05c.graph.read import about, read_proto, refuse_overlaps, weight_of_tensor
 from pi05c.graph.scopes import scopes
 from pi05c.graph.sort import sort_proto
-from pi05c.graph.spelling import awaits_fp4, spell_as_onnx
+from pi05c.graph.spelling import awaits_fp4, spell_as_onnx, state_opset
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, InMemory, Stored, Weight, stored_bytes, weight_of
 from pi05c.graph.wellformed import refuse_misused_operators
@@ -44,6 +44,9 @@ INLINE_BYTES = 1024
 
 ALIGNMENT = 64
 """Offset alignment of external tensors, in bytes: one cache line, enough for every vector load."""
+
+_CONSTANTS_FROM_IR = 4
+"""IR version from which an initializer need not be an input as well (ONNX 1.4); here none is, whatever the file says."""
 
 _COPY_BYTES = 2**26
 
@@ -101,6 +104,7 @@ def model_from_proto(
         Pi05cError: as `load`; or two tensors of one graph share a name.
     """
     carried.refuse_unknown(proto)
+    state_opset(proto)
     spell_as_onnx(proto)
     marked = awaits_fp4(proto)
     for graph in graphs_in(proto.graph):
@@ -146,6 +150,8 @@ def to_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     if not all(value.type.tensor_type.elem_type for value in proto.graph.output):
         proto = with_types(proto)
     carried.restore(model.graph, proto)
+    if proto.ir_version < _CONSTANTS_FROM_IR and any(graph.initializer for graph in graphs_in(proto.graph)):
+        proto.ir_version = _CONSTANTS_FROM_IR
     for key, value in model.metadata.items():
         proto.metadata_props.add(key=key, value=value)
     proto.doc_string = model.doc_string

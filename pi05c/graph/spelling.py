@@ -13,8 +13,9 @@ from collections.abc import Iterator, Set
 import onnx
 from onnx import TensorProto, helper
 
-from pi05c.graph.domains import FP4_PLACEHOLDER, TENSORRT_DOMAIN
+from pi05c.graph.domains import FP4_PLACEHOLDER, STANDARD_DOMAINS, TENSORRT_DOMAIN
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.walk import nodes_in
 
 _FP8 = {"TRT_FP8QuantizeLinear": "QuantizeLinear", "TRT_FP8DequantizeLinear": "DequantizeLinear"}
 
@@ -23,6 +24,12 @@ _STANDARD = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _FP8_OPSET = 19
 """The first opset whose QuantizeLinear makes FLOAT8E4M3FN (ONNX operator changelog)."""
+
+_NEWEST_OPSET = 21
+"""Up to which TensorRT 10.13 reads."""
+
+_DEFAULTS = {"MeanVarianceNormalization": ("axes", [0, 2, 3])}
+"""Attributes without which onnx up to 1.23 cannot infer the type of an operator, with their defaults."""
 
 _ZERO = "fp8.zero_point"
 
@@ -66,7 +73,34 @@ def spell_as_onnx(model: onnx.ModelProto) -> bool:
             node.input.append(zero)
     for node in old:
         node.domain = ""
-    return bool(old)
+    return _state_defaults(model.graph) or bool(old)
+
+
+def _state_defaults(graph: onnx.GraphProto) -> bool:
+    found = False
+    for node in nodes_in(graph.node):
+        name, value = _DEFAULTS.get(node.op_type, ("", None))
+        if name and node.domain in STANDARD_DOMAINS and all(a.name != name for a in node.attribute):
+            node.attribute.append(helper.make_attribute(name, value))
+            found = True
+    return found
+
+
+def state_opset(model: onnx.ModelProto) -> None:
+    """Let a model that has none of ONNX's own operators say which opset they would be of, in place.
+
+    Whoever puts one in, a Cast or a reduction, needs it said: the newest opset that the model's IR version knows, and
+    no newer than TensorRT 10.13 reads.
+    """
+    stated = any(entry.domain in STANDARD_DOMAINS for entry in model.opset_import)
+    if stated or any(node.domain in STANDARD_DOMAINS for node in nodes_in(model.graph.node)):
+        return
+    known = (
+        version
+        for (domain, version), ir in helper.OP_SET_ID_VERSION_MAP.items()
+        if domain == "ai.onnx" and ir <= model.ir_version
+    )
+    model.opset_import.add(domain="", version=min(max(known, default=1), _NEWEST_OPSET))
 
 
 def _declare_fp8(graph: onnx.GraphProto, codes: Set[str]) -> None:
@@ -106,4 +140,4 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(inner)
 
 
-__all__ = ["awaits_fp4", "spell_as_onnx"]
+__all__ = ["awaits_fp4", "spell_as_onnx", "state_opset"]

@@ -22,6 +22,9 @@ from pi05c.graph.walk import graphs_in, nodes_in
 OLDEST_OPSET = 7
 """From here on operators broadcast and take attributes as the passes know them (ONNX 1.2)."""
 
+_SCAN_OPSET = 9
+"""From which Scan gives its body what it takes (ONNX operator changelog); before, the node alone has an axis of a batch."""
+
 MAX_RANK = 64
 """Most dimensions that a numpy array has (numpy 2; numpy 1 has 32 and says so itself)."""
 
@@ -304,6 +307,11 @@ def _check_arity(nodes: Sequence[onnx.NodeProto], opset: int, functions: set[tup
                     f"{where} has {len(given)} {kind}{'' if len(given) == 1 else 's'}, where its operator has {allowed}: "
                     f"{_AGAIN}"
                 )
+        if node.op_type == "Scan" and opset < _SCAN_OPSET:
+            raise Pi05cError(
+                f"{where} is of opset {opset}, which scans each sequence of a batch: export the model at opset "
+                f"{_SCAN_OPSET} or later"
+            )
         for name, parameter in zip(node.input, schema.inputs, strict=False):
             if not name and parameter.option != _OPTIONAL:
                 raise Pi05cError(f"{where} lacks its input {parameter.name!r}: {_AGAIN}")

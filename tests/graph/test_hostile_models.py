@@ -293,6 +293,16 @@ def test_nodes_that_are_not_of_their_operator(folder: Path, node: onnx.NodeProto
     assert said in refused(folder, model([node]))
 
 
+def test_a_scan_that_has_an_axis_of_a_batch(folder: Path) -> None:
+    """That of opset 8 gives its body other tensors than later ones."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["e"], ["r"])], "body", [value("e", [4])], [value("r", [4])]
+    )
+    proto = model([helper.make_node("Scan", ["", "x"], ["y"], name="n", num_scan_inputs=1, body=body)])
+    proto.opset_import[0].version = 8
+    assert "Scan 'n' is of opset 8" in refused(folder, proto)
+
+
 @pytest.mark.parametrize("version", [-5, 0, 1, 6, 99, 2**62])
 def test_opsets_that_nobody_knows(folder: Path, version: int) -> None:
     proto = linear(numpy_helper.from_array(WEIGHT, "w"))

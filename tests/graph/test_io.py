@@ -201,22 +201,63 @@ def test_narrow_types_keep_their_bytes(dtype: type, tmp_path: Path) -> None:
     assert problems(load(tmp_path / "m.onnx")) == []
 
 
-def test_fp4_in_external_data(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal((64, 63)).astype(ml_dtypes.float4_e2m1fn)
+@pytest.mark.parametrize(
+    ("name", "opset", "to_a_byte"),
+    [("FLOAT4E2M1", 23, 2), ("INT4", 23, 2), ("INT2", 25, 4), ("UINT2", 25, 4)],
+)
+def test_packed_types_in_external_data(name: str, opset: int, to_a_byte: int, tmp_path: Path) -> None:
+    number = getattr(onnx.TensorProto, name, None)
+    if number is None:
+        pytest.skip(f"onnx {onnx.__version__} has no {name}")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(number)
+    values = np.random.default_rng(0).standard_normal((64, 127)).round().clip(0, 1).astype(dtype)
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Identity", ["w"], ["y"], name="copy")],
-        "fp4",
+        "packed",
         [],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT4E2M1, [64, 63])],
+        [onnx.helper.make_tensor_value_info("y", number, [64, 127])],
         [numpy_helper.from_array(values, "w")],
     )
-    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    imports = [onnx.helper.make_opsetid("", opset)]
+    proto = onnx.helper.make_model(
+        graph, opset_imports=imports, ir_version=onnx.helper.find_min_ir_version_for(imports)
+    )
     save(model_from_proto(proto), tmp_path / "m.onnx")
     model = load(tmp_path / "m.onnx")
     stored = weight_of(model.graph.nodes[0].inputs[0])
     assert isinstance(stored, Stored)
-    assert stored.nbytes == 64 * 63 // 2
+    assert stored.nbytes == (tmp_path / "m.onnx.data").stat().st_size == 64 * 127 // to_a_byte
     np.testing.assert_array_equal(stored.load().view(np.uint8), values.view(np.uint8))
+
+
+def test_an_old_file_whose_constants_are_inputs(tmp_path: Path) -> None:
+    """Up to IR version 3 every initializer is an input as well; the constants of nodes are not."""
+    proto = model_proto(
+        "old (float[2] x, float[2] w) => (float[2] y) { one = Constant<value = float[1] {1}>() h = Mul(x, w) y = Add(h, one) }",
+        {"w": np.array([2, 3], np.float32)},
+        opset=7,
+    )
+    proto.ir_version = 3
+    onnx.checker.check_model(proto, full_check=True)
+    inputs = {"x": np.array([1, 2], np.float32)}
+    (expected,) = run_proto(proto, inputs)
+    onnx.save(proto, tmp_path / "old.onnx")
+    model = load(tmp_path / "old.onnx")
+    assert [tensor.name for tensor in model.graph.inputs] == ["x"]
+    assert problems(model) == []
+    save(model, tmp_path / "m.onnx")
+    assert np.array_equal(run_file(tmp_path / "m.onnx", inputs)[0], expected)
+
+
+def test_a_model_without_operators_of_onnx_says_which_opset_they_would_be_of() -> None:
+    """As those of scikit-learn pipelines: a Cast that a pass puts in is of some opset."""
+    node = onnx.helper.make_node("Normalizer", ["x"], ["y"], name="n", domain="ai.onnx.ml")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "scaled", values[:1], values[1:])
+    proto = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("ai.onnx.ml", 1)], ir_version=8
+    )
+    assert model_from_proto(proto).graph.opset == 18
 
 
 def test_a_scalar_weight_is_an_array(tmp_path: Path) -> None:
