@@ -31,10 +31,16 @@ def uses_fp4(graphs: Sequence[onnx.GraphProto]) -> bool:
     """Whether any tensor of the graphs is FP4, or any node makes it."""
     return any(
         any(tensor.data_type == TensorProto.FLOAT4E2M1 for tensor in (*graph.initializer, *_constants(graph)))
+        or any(is_fp4(value) for value in (*graph.input, *graph.output))
         or any(node.domain == TENSORRT_DOMAIN and node.op_type == DYNAMIC for node in graph.node)
         or any(_makes_fp4(node) for node in graph.node)
         for graph in graphs
     )
+
+
+def is_fp4(value: onnx.ValueInfoProto) -> bool:
+    """Whether it is declared FP4."""
+    return bool(value.type.tensor_type.elem_type == TensorProto.FLOAT4E2M1)
 
 
 def _constants(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
@@ -93,6 +99,10 @@ class Fp4Lowering:
         for tensor in graph.initializer:
             if tensor.data_type == TensorProto.FLOAT4E2M1:
                 self._decode(tensor)
+        for value in (*graph.input, *graph.output):
+            if is_fp4(value):
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+                self._fp4.add(value.name)
         for node in graph.node:
             for attribute in node.attribute:
                 for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
@@ -254,4 +264,4 @@ def shape_of(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
 
 
-__all__ = ["Fp4Lowering", "shape_of", "uses_fp4"]
+__all__ = ["Fp4Lowering", "is_fp4", "shape_of", "uses_fp4"]

@@ -23,7 +23,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto
 
-from pi05c.backend.fp4 import Fp4Lowering, shape_of, uses_fp4
+from pi05c.backend.fp4 import Fp4Lowering, is_fp4, shape_of, uses_fp4
 from pi05c.graph.domains import STANDARD_DOMAINS
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.inference import infer_shapes, is_known
@@ -85,8 +85,8 @@ class Lowered:
 
     Attributes:
         changed: whether it differs from the original.
-        feeds: inputs that are fed as float32 under another name.
-        fetches: outputs that are fetched as float32 under another name.
+        feeds: inputs that are fed as float32, with the name under which.
+        fetches: outputs that are fetched as float32, with the name under which.
     """
 
     model: onnx.ModelProto
@@ -109,8 +109,14 @@ def lower(model: onnx.ModelProto) -> Lowered:
         sort_proto(graph)
     model = _with_types(model)
     fp4 = uses_fp4(list(graphs_in(model.graph)))
+    fed, fetched = (
+        {value.name: value.name for value in values if is_fp4(value)}
+        for values in (model.graph.input, model.graph.output)
+    )
     lowering = _Lowering(_without_fp4(model) if fp4 else model)
     lowering.result.changed = fp4 or respelled or repeated
+    lowering.result.feeds.update(fed)
+    lowering.result.fetches.update(fetched)
     lowering.run()
     return lowering.result if lowering.result.changed else Lowered(model)
 

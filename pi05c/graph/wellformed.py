@@ -72,6 +72,8 @@ def refuse_malformed(proto: onnx.ModelProto) -> None:
             raise Pi05cError(
                 f"{shortened(value.name)} is a sequence, where an engine takes and gives tensors: {_AGAIN}"
             )
+        if value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            raise Pi05cError(f"{shortened(value.name)} holds texts, which no engine takes or gives: {_AGAIN}")
     for function in proto.functions:
         _refuse_bytes(function, ("name", "domain", "doc_string"))
         if function.domain in STANDARD_DOMAINS:

@@ -293,6 +293,13 @@ def test_nodes_that_are_not_of_their_operator(folder: Path, node: onnx.NodeProto
     assert said in refused(folder, model([node]))
 
 
+def test_texts_that_go_in(folder: Path) -> None:
+    proto = model([helper.make_node("Identity", ["x"], ["y"], name="n")])
+    for each in (*proto.graph.input, *proto.graph.output):
+        each.type.tensor_type.elem_type = TensorProto.STRING
+    assert "'x' holds texts" in refused(folder, proto)
+
+
 def test_a_scan_that_has_an_axis_of_a_batch(folder: Path) -> None:
     """That of opset 8 gives its body other tensors than later ones."""
     body = helper.make_graph(
