@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from pi05c.backend.lowering import KEPT, lower
-from pi05c.graph.dtypes import FLOAT32, to_onnx
+from pi05c.graph.dtypes import FLOAT32, bits, to_onnx
 from pi05c.graph.edit import Names
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
@@ -290,8 +290,8 @@ def _bind(
 
 
 def _is_small(weight: Weight) -> bool:
-    """Whether a weight is better inside the graph than in a file."""
-    return isinstance(weight, InMemory) and weight.nbytes <= _SMALL_BYTES
+    """Whether a weight is better inside the graph than in a file; what is packed cannot be fed from one."""
+    return bits(weight.dtype) < 8 or (isinstance(weight, InMemory) and weight.nbytes <= _SMALL_BYTES)
 
 
 def _evaluate(weights: Mapping[str, Weight], path: Path) -> dict[str, _Fed]:

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from pi05c.graph.domains import STANDARD_DOMAINS, TENSORRT_DOMAIN, bare_name
 from pi05c.graph.dtypes import BOOL, name_of, to_numpy
 from pi05c.graph.errors import Pi05cError
+from pi05c.graph.inference import state_defaults
 from pi05c.graph.io import Model, load, scopes, to_proto
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weights import PENDING, array_of
@@ -56,6 +57,7 @@ def _checked(model: Model) -> tuple[str | None, list[str]]:
     proto, _ = to_proto(model)
     declared = {output.name: output.type.tensor_type.elem_type for output in proto.graph.output}
     weights_as_inputs(proto.graph)
+    state_defaults(proto.graph)
     if not proto.graph.name:
         proto.graph.name = "graph"  # the checker asks for one, and nothing else does
     try:

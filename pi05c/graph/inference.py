@@ -18,9 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pi05c.graph.domains import DYNAMIC, FP4_PLACEHOLDER, TENSORRT_DOMAIN
 from pi05c.graph.errors import Pi05cError
-from pi05c.graph.walk import graphs_in
+from pi05c.graph.walk import graphs_in, nodes_in
 
 _STAND_IN = "pi05c.stand_in"
+
+_DEFAULTS = {"MeanVarianceNormalization": ("axes", [0, 2, 3])}
+"""Attributes without which onnx up to 1.23 infers nothing of an operator, with their defaults."""
 
 
 def infer_shapes(proto: onnx.ModelProto, *, data_prop: bool = False) -> onnx.ModelProto:
@@ -46,11 +49,11 @@ def infer_shapes(proto: onnx.ModelProto, *, data_prop: bool = False) -> onnx.Mod
 
 def _show(graph: onnx.GraphProto, hidden: dict[str, onnx.NodeProto]) -> None:
     """Let operators of ONNX stand for TensorRT's, which go to `hidden`."""
-    if not any(is_known(node) for node in graph.node):
+    if not any(is_known(node) or _lacks_default(node) for node in graph.node):
         return
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if not is_known(node):
+        if not is_known(node) and not _lacks_default(node):
             nodes.append(node)
             continue
         name = f"{_STAND_IN}.{len(hidden)}"
@@ -84,6 +87,12 @@ def is_known(node: onnx.NodeProto) -> bool:
 
 def _stand_ins(node: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
     """Nodes with its outputs, of which the first has that name."""
+    if _lacks_default(node):
+        stated = onnx.NodeProto()
+        stated.CopyFrom(node)
+        stated.name = name
+        _state_default(stated)
+        return [stated]
     if node.op_type == FP4_PLACEHOLDER:
         return [helper.make_node("Identity", node.input[:1], node.output[:1], name)]
     attributes = {each.name: each.i for each in node.attribute}
@@ -110,6 +119,23 @@ def _stand_ins(node: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
         ),
         helper.make_node("Cast", [f"{name}.first"], [scales], f"{name}.scales", to=TensorProto.FLOAT8E4M3FN),
     ]
+
+
+def state_defaults(graph: onnx.GraphProto) -> None:
+    """Give nodes, in bodies too, the attributes without which onnx infers nothing of them, in place."""
+    for node in nodes_in(graph.node):
+        if _lacks_default(node):
+            _state_default(node)
+
+
+def _lacks_default(node: onnx.NodeProto) -> bool:
+    name, _ = _DEFAULTS.get(node.op_type, ("", []))
+    return bool(name and not node.domain and all(attribute.name != name for attribute in node.attribute))
+
+
+def _state_default(node: onnx.NodeProto) -> None:
+    name, value = _DEFAULTS[node.op_type]
+    node.attribute.append(helper.make_attribute(name, value))
 
 
 def with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -226,4 +252,4 @@ def _bodies_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
     return ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
 
 
-__all__ = ["infer_shapes", "is_known", "with_types"]
+__all__ = ["infer_shapes", "is_known", "state_defaults", "with_types"]

@@ -28,9 +28,6 @@ _FP8_OPSET = 19
 _NEWEST_OPSET = 21
 """Up to which TensorRT 10.13 reads."""
 
-_DEFAULTS = {"MeanVarianceNormalization": ("axes", [0, 2, 3])}
-"""Attributes without which onnx up to 1.23 cannot infer the type of an operator, with their defaults."""
-
 _ZERO = "fp8.zero_point"
 
 
@@ -73,17 +70,7 @@ def spell_as_onnx(model: onnx.ModelProto) -> bool:
             node.input.append(zero)
     for node in old:
         node.domain = ""
-    return _state_defaults(model.graph) or bool(old)
-
-
-def _state_defaults(graph: onnx.GraphProto) -> bool:
-    found = False
-    for node in nodes_in(graph.node):
-        name, value = _DEFAULTS.get(node.op_type, ("", None))
-        if name and node.domain in STANDARD_DOMAINS and all(a.name != name for a in node.attribute):
-            node.attribute.append(helper.make_attribute(name, value))
-            found = True
-    return found
+    return bool(old)
 
 
 def state_opset(model: onnx.ModelProto) -> None:

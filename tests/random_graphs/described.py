@@ -46,6 +46,9 @@ def described(graph: Generated, rng: random.Random) -> Generated:
         repeated = len(values) < len(body.output) + len(body.input)  # what is said of a tensor is said once
         for holder in (body, *body.node, *body.initializer, *(() if repeated else values.values())):
             describe(holder)
+        told: dict[str, onnx.ValueInfoProto] = {}
+        for value in (*body.input, *body.output):  # what a body returns twice, or as it got it, is one tensor
+            value.CopyFrom(told.setdefault(value.name, value))
     for value in proto.graph.input:
         if rng.random() < 0.2:
             value.type.denotation = "TENSOR"
