@@ -38,6 +38,16 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
     The samples are seeded, and not marked synthetic: to a test they are observations like any other. The file is
     shared: a test that writes beside it works on a copy.
     """
+    return _exported(reference_dir, shared_tmp / "tiny_model")
+
+
+@pytest.fixture(scope="session")
+def brief_model(reference_dir: Path, shared_tmp: Path) -> Path:
+    """As `tiny_model`, of three denoising steps: a third of the graph, where no stored value is compared."""
+    return _exported(reference_dir, shared_tmp / "brief_model", steps=3)
+
+
+def _exported(checkpoint: Path, folder: Path, **sizes: int) -> Path:
     pytest.importorskip("torch", reason="exporting the model needs the extra [torch]")
     pytest.importorskip("onnxscript", reason="exporting the model needs the extra [torch]")
     from filelock import FileLock  # a dependency of torch
@@ -46,7 +56,6 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
     from pi05c.frontend.export import export_model
     from pi05c.frontend.samples import synthetic_samples, write_samples
 
-    folder = shared_tmp / "tiny_model"
     model, done = folder / "model.onnx", folder / "done"
     with FileLock(f"{folder}.lock"):
         if not done.is_file():
@@ -55,7 +64,7 @@ def tiny_model(reference_dir: Path, shared_tmp: Path) -> Path:
             samples = synthetic_samples(CONFIGS["pi05_tiny"], CALIBRATION_SEED, CALIBRATION_SAMPLES)
             write_samples(observations, samples, synthetic=False)
             export_model(
-                reference_dir, model, prompt_length=REFERENCE_PROMPT_LENGTH, calibration=[observations]
+                checkpoint, model, prompt_length=REFERENCE_PROMPT_LENGTH, calibration=[observations], **sizes
             )
             done.touch()
     return model

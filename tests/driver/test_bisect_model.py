@@ -55,8 +55,8 @@ def replayed(folder: Path) -> list[int]:
     ]
 
 
-def test_swapped_modulation(find: Find, pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
-    guilty = find(tiny_model, "--passes", SWAPPED)["guilty"]
+def test_swapped_modulation(find: Find, pi05c: Command, brief_model: Path, tmp_path: Path) -> None:
+    guilty = find(brief_model, "--passes", SWAPPED)["guilty"]
     assert place(guilty) == ("02-swap_modulation", 7, 7)
     assert guilty["names"] == ["expert.norm.Add_2"]
     cut = guilty["cutout"]
@@ -89,8 +89,8 @@ def test_swapped_modulation_of_a_deeper_model(find: Find, deep_model: Path) -> N
     ]
 
 
-def test_dropped_key_scale(find: Find, tiny_model: Path) -> None:
-    guilty = find(tiny_model, "--passes", "canonicalize,insert_attention_qdq,share_key_scales")["guilty"]
+def test_dropped_key_scale(find: Find, brief_model: Path) -> None:
+    guilty = find(brief_model, "--passes", "canonicalize,insert_attention_qdq,share_key_scales")["guilty"]
     assert place(guilty) == ("03-share_key_scales", 4, 5)
     cut = guilty["cutout"]
     assert cut["before"]["nodes"] == cut["after"]["nodes"] == guilty["names"]
@@ -98,10 +98,10 @@ def test_dropped_key_scale(find: Find, tiny_model: Path) -> None:
     assert next(iter(cut["relative_l2"].values())) > 1
 
 
-def test_dumped_stages(find: Find, pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
+def test_dumped_stages(find: Find, pi05c: Command, brief_model: Path, tmp_path: Path) -> None:
     stages = tmp_path / "stages"
     plugin = ("--plugin", WRONG_PASSES)
-    assert pi05c(tiny_model, "--passes", f"{SWAPPED},dedupe", *plugin, "--dump", stages).status == 0
+    assert pi05c(brief_model, "--passes", f"{SWAPPED},dedupe", *plugin, "--dump", stages).status == 0
     guilty = find(stages)["guilty"]
     assert place(guilty) == ("02-swap_modulation", 7, 7)
     folder = tmp_path / "found"
@@ -110,11 +110,11 @@ def test_dumped_stages(find: Find, pi05c: Command, tiny_model: Path, tmp_path: P
 
 
 def test_stages_without_their_plugin(
-    find: Find, pi05c: Command, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    find: Find, pi05c: Command, brief_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = tmp_path / "stages"
     plugin = ("--plugin", WRONG_PASSES)
-    assert pi05c(tiny_model, "--passes", SWAPPED, *plugin, "--dump", stages).status == 0
+    assert pi05c(brief_model, "--passes", SWAPPED, *plugin, "--dump", stages).status == 0
     for name in ("swap_modulation", "share_scales"):
         monkeypatch.delitem(REGISTRY, name)
     guilty = find(stages, plugins=())["guilty"]
@@ -131,17 +131,17 @@ def test_stages_without_their_plugin(
     )
 
 
-def test_start_from(find: Find, pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
+def test_start_from(find: Find, pi05c: Command, brief_model: Path, tmp_path: Path) -> None:
     stages = tmp_path / "stages"
-    assert pi05c(tiny_model, "--passes", "canonicalize", "--dump", stages).status == 0
-    found = find(tiny_model, "--start-from", stages / "01-canonicalize.onnx", "--passes", SWAPPED)
+    assert pi05c(brief_model, "--passes", "canonicalize", "--dump", stages).status == 0
+    found = find(brief_model, "--start-from", stages / "01-canonicalize.onnx", "--passes", SWAPPED)
     assert place(found["guilty"]) == ("02-swap_modulation", 7, 7)
     assert found["trials"][0]["graph"] == "01-canonicalize"
     assert replayed(tmp_path / "found")[0] == 0
 
 
-def test_crashing_pass(find: Find, tiny_model: Path, tmp_path: Path) -> None:
-    guilty = find(tiny_model, "--passes", "crash,dedupe")["guilty"]
+def test_crashing_pass(find: Find, brief_model: Path, tmp_path: Path) -> None:
+    guilty = find(brief_model, "--passes", "crash,dedupe")["guilty"]
     assert (guilty["stage"], guilty["rewrite"], guilty["rewrites"]) == ("01-crash", 4, None)
     assert guilty["after"]["reason"] == "IndexError: list index out of range"
     folder = tmp_path / "found"
@@ -151,16 +151,16 @@ def test_crashing_pass(find: Find, tiny_model: Path, tmp_path: Path) -> None:
     assert replayed(folder) == [1]
 
 
-def test_pass_that_leaves_an_invalid_graph(find: Find, tiny_model: Path, tmp_path: Path) -> None:
-    guilty = find(tiny_model, "--passes", "lose_tensor,dedupe")["guilty"]
+def test_pass_that_leaves_an_invalid_graph(find: Find, brief_model: Path, tmp_path: Path) -> None:
+    guilty = find(brief_model, "--passes", "lose_tensor,dedupe")["guilty"]
     assert (guilty["stage"], guilty["rewrite"]) == ("01-lose_tensor", 3)
     assert "pass lose_tensor left a graph that is not valid" in guilty["after"]["reason"]
     assert ".lost" in guilty["trouble"]
     assert replayed(tmp_path / "found") == [1]
 
 
-def test_target(find: Find, tiny_model: Path) -> None:
-    command = (tiny_model, "--passes", "canonicalize,quantize_linears", "--target", "orin")
+def test_target(find: Find, brief_model: Path) -> None:
+    command = (brief_model, "--passes", "canonicalize,quantize_linears", "--target", "orin")
     guilty = find(*command)["guilty"]
     assert guilty["stage"] == "02-quantize_linears"
     assert guilty["rewrite"] == 1

@@ -482,9 +482,9 @@ def test_whatever_the_shape_and_values_the_range_is_exact(array: Array) -> None:
         assert (ranges.low[name], ranges.high[name]) == (float(array.min()), float(array.max()))
 
 
-def test_every_tensor_of_the_small_model_agrees_with_a_dump(tiny_model: Path) -> None:
+def test_every_tensor_of_the_small_model_agrees_with_a_dump(brief_model: Path) -> None:
     """All tensors outside the Loop, dumped one by one."""
-    model = load(tiny_model)
+    model = load(brief_model)
     samples = find_samples(model)
     assert samples is not None
     names = [
@@ -494,14 +494,14 @@ def test_every_tensor_of_the_small_model_agrees_with_a_dump(tiny_model: Path) ->
         if to_numpy(tensor.dtype) == FLOAT32
     ]
     ranges = measure_ranges(model, names, samples[:2])
-    proto = onnx.load(tiny_model, load_external_data=False)
+    proto = onnx.load(brief_model, load_external_data=False)
     proto = onnx.shape_inference.infer_shapes(proto)
     dumped = [info for info in proto.graph.value_info if info.name in names]
     assert len(dumped) > 100
     proto.graph.output.extend(dumped)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(tiny_model.parent)
+        "session.model_external_initializers_file_folder_path", str(brief_model.parent)
     )
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     arrays = [session.run([info.name for info in dumped], sample) for sample in samples[:2]]

@@ -295,10 +295,10 @@ def test_fp4_is_refused_where_the_target_has_none(policy: Path, output: Path, pa
         ),
     ],
 )
-def test_nvfp4_builds_and_is_measured(tiny_model: Path, output: Path, tmp_path: Path, passes: str) -> None:
+def test_nvfp4_builds_and_is_measured(brief_model: Path, output: Path, tmp_path: Path, passes: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="building needs the extra [rtx]")
     cache = tmp_path / "cache"
-    manifest = pi05c.compile(tiny_model, output, passes=passes, target="sm120", cache=cache).manifest
+    manifest = pi05c.compile(brief_model, output, passes=passes, target="sm120", cache=cache).manifest
     kinds = {(record.part, record.kind, record.dtype) for record in manifest.precision}
     assert ("prefix", "linear", "float4e2m1") in kinds
     assert ("denoise", "linear", "float8e4m3fn") in kinds

@@ -324,11 +324,11 @@ def test_stages_of_two_runs_have_no_passes(diff: Diff, stages: Path, tmp_path: P
 
 @pytest.mark.parametrize("passes", [pytest.param("default", marks=pytest.mark.slow), "nvfp4"])
 def test_two_runs_of_one_compile_differ_in_nothing(
-    diff: Diff, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str
+    diff: Diff, brief_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str
 ) -> None:
     """Each with ranges of its own, measured anew."""
     for run_name in ("one", "two"):
         arguments = ["--passes", passes, "--backend", "onnxruntime", "-o", str(tmp_path / run_name), "-q"]
         monkeypatch.setenv("PI05C_CACHE", str(tmp_path / f"{run_name}-cache"))
-        assert cli.main([str(tiny_model), *arguments]) == 0
+        assert cli.main([str(brief_model), *arguments]) == 0
     assert diff(tmp_path / "one", tmp_path / "two", "--names")[:2] == (0, "")

@@ -63,12 +63,12 @@ def test_nothing_on_the_disk_is_touched(pi05c: Command, policy: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_what_is_told_is_what_the_pipeline_does(pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
-    samples = tiny_model.with_name("model.calibration.npz")
-    run = pi05c(tiny_model, "--calibration", samples, "--dump", tmp_path / "stages", "--json")
+def test_what_is_told_is_what_the_pipeline_does(pi05c: Command, brief_model: Path, tmp_path: Path) -> None:
+    samples = brief_model.with_name("model.calibration.npz")
+    run = pi05c(brief_model, "--calibration", samples, "--dump", tmp_path / "stages", "--json")
     told = {entry["name"]: entry for entry in json.loads(run.out)["passes"][:-1]}
     for name in PRESETS["default"][1:-1]:
-        found = explained(pi05c, tiny_model, "--pass", name, "--passes", "default", "--calibration", samples)
+        found = explained(pi05c, brief_model, "--pass", name, "--passes", "default", "--calibration", samples)
         assert found["behind"] == list(PRESETS["default"][: PRESETS["default"].index(name)])
         assert len(found["rewrites"]) == told[name]["rewrites"]
         assert [{"where": place["name"], "reason": place["reason"]} for place in found["skipped"]] == told[
@@ -79,13 +79,13 @@ def test_what_is_told_is_what_the_pipeline_does(pi05c: Command, tiny_model: Path
             told[name]["nodes_after"],
         )
         stage = next((tmp_path / "stages").glob(f"{len(found['behind']):02d}-*.onnx"))
-        again = explained(pi05c, tiny_model, "--pass", name, "--start-from", stage, "--calibration", samples)
+        again = explained(pi05c, brief_model, "--pass", name, "--start-from", stage, "--calibration", samples)
         assert again["rewrites"] == found["rewrites"], name
         assert again["skipped"] == found["skipped"], name
 
 
-def test_each_place_has_its_part_and_scope(pi05c: Command, tiny_model: Path) -> None:
-    found = explained(pi05c, tiny_model, "--pass", "fold_gqa")
+def test_each_place_has_its_part_and_scope(pi05c: Command, brief_model: Path) -> None:
+    found = explained(pi05c, brief_model, "--pass", "fold_gqa")
     places = [changed for rewrite in found["rewrites"] for changed in rewrite["changed"]]
     assert {(place["operator"], place["part"], bool(place["scope"])) for place in places} == {
         ("Softmax", "prefix", False),

@@ -69,21 +69,21 @@ def test_plugin_imports_nothing_but_itself() -> None:
 
 
 def test_exact_passes_agree_with_onnxrt(
-    polygraphy: Command, pi05c: Command, tiny_model: Path, tmp_path: Path
+    polygraphy: Command, pi05c: Command, brief_model: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "samples.py"
-    assert pi05c("data-loader", tiny_model, "-o", script).status == 0
+    assert pi05c("data-loader", brief_model, "-o", script).status == 0
     passes = ("--pi05c", "--pi05c-passes", "fuse_denoise_loop,pin_fp32")
     done = polygraphy(
-        "run", tiny_model, "--onnxrt", *passes, "--atol", "1e-4", "--data-loader-script", script
+        "run", brief_model, "--onnxrt", *passes, "--atol", "1e-4", "--data-loader-script", script
     )
     assert done.status == 0, done.out
     assert "pi05c: fuse_denoise_loop: 1 rewrites" in done.out
     assert "Passed: 2/2 iterations" in done.out
 
 
-def test_wrong_pass_fails_and_its_rewrites_before_do_not(polygraphy: Command, tiny_model: Path) -> None:
-    command = ("run", tiny_model, "--onnxrt", "--pi05c", "--pi05c-passes", "swap_modulation")
+def test_wrong_pass_fails_and_its_rewrites_before_do_not(polygraphy: Command, brief_model: Path) -> None:
+    command = ("run", brief_model, "--onnxrt", "--pi05c", "--pi05c-passes", "swap_modulation")
     plugin = ("--pi05c-plugin", WRONG_PASSES, "--atol", "1e-4")
     done = polygraphy(*command, *plugin)
     assert done.status != 0
@@ -205,11 +205,11 @@ def test_loader_composes_with_those_of_polygraphy(policy: Path, tmp_path: Path) 
     assert [value.name for value in marked.graph.output] == ["product"]
 
 
-def test_loader_gives_the_same_graph_by_path_and_from_memory(tiny_model: Path) -> None:
+def test_loader_gives_the_same_graph_by_path_and_from_memory(brief_model: Path) -> None:
     passes = "canonicalize,fuse_denoise_loop,fold_scales"
     by_path, from_memory = (
-        ApplyPasses(tiny_model, passes)(),
-        ApplyPasses(OnnxFromPath(str(tiny_model)), passes)(),
+        ApplyPasses(brief_model, passes)(),
+        ApplyPasses(OnnxFromPath(str(brief_model)), passes)(),
     )
     assert by_path == from_memory
     assert all(tensor.data_location != TensorProto.EXTERNAL for tensor in by_path.graph.initializer)
@@ -311,16 +311,16 @@ def test_torch_in_torch_out(policy: Path) -> None:
     np.testing.assert_array_equal(outputs["actions"].numpy(), expected["actions"])
 
 
-def test_what_passes_fixed_is_taken_and_checked(tiny_model: Path) -> None:
-    sample = dict(load_samples(tiny_model)[0])
-    with Pi05cRunner(ApplyPasses(tiny_model, "specialize{views=1,1,0}")) as runner:
+def test_what_passes_fixed_is_taken_and_checked(brief_model: Path) -> None:
+    sample = dict(load_samples(brief_model)[0])
+    with Pi05cRunner(ApplyPasses(brief_model, "specialize{views=1,1,0}")) as runner:
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)
         assert list(metadata["image_masks"].shape) == [1, 3]
         sample["image_masks"] = np.array([[True, True, False]])
         actions = runner.infer(sample)["actions"]
         with pytest.raises(PolygraphyException, match="specialized for False"):
             runner.infer({**sample, "image_masks": np.array([[True, True, True]])})
-    with Pi05cRunner(tiny_model) as plain:
+    with Pi05cRunner(brief_model) as plain:
         np.testing.assert_allclose(actions, plain.infer(sample)["actions"], rtol=1e-3, atol=1e-4)
 
 
@@ -359,11 +359,11 @@ def test_data_loader_of_a_single_sample_gives_it(pi05c: Command, policy: Path, t
 
 
 def test_data_loader_of_a_specialized_stage_gives_what_fits(
-    pi05c: Command, tiny_model: Path, tmp_path: Path
+    pi05c: Command, brief_model: Path, tmp_path: Path
 ) -> None:
     stages, script = tmp_path / "stages", tmp_path / "samples.py"
-    pi05c(tiny_model, "--passes", "specialize{views=1,1,0}", "--dump", stages)
-    samples = tiny_model.with_name("model.calibration.npz")
+    pi05c(brief_model, "--passes", "specialize{views=1,1,0}", "--dump", stages)
+    samples = brief_model.with_name("model.calibration.npz")
     done = pi05c(
         "data-loader", stages / "01-specialize.onnx", "--calibration", samples, "--all", "-o", script
     )

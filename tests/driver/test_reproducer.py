@@ -117,11 +117,11 @@ def test_weights_that_are_too_large_are_named_where_they_are(
 
 
 def test_a_part_is_kept_with_its_weights(
-    pi05c: Command, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pi05c: Command, brief_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reproducer, "COPIED_BYTES", 1000)
     arguments = ("--split", "vision+prefix,denoise", "--passes", "none,denoise=break_down")
-    result = pi05c(tiny_model, *arguments, "--plugin", FAILING, "-o", tmp_path / "engine", *NO_PLAN)
+    result = pi05c(brief_model, *arguments, "--plugin", FAILING, "-o", tmp_path / "engine", *NO_PLAN)
     kept = tmp_path / "engine.failed-pass"
     assert str(kept / "reproduce.sh") in result.err
     assert json.loads((kept / "failure.json").read_text())["part"] == "denoise"

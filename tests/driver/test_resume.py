@@ -166,13 +166,13 @@ def test_a_rejected_result_holds_no_checkpoint(policy: Path, tmp_path: Path, wre
 
 
 def test_of_several_engines_those_that_are_built_are_not_built_again(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pi05c: Command
+    brief_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pi05c: Command
 ) -> None:
     (tmp_path / "worker").mkdir()
     use_worker(monkeypatch, tmp_path / "worker", BUILDS)
     output = tmp_path / "engine"
     command = (
-        tiny_model,
+        brief_model,
         "-o",
         output,
         "--passes",

@@ -498,8 +498,8 @@ def test_a_plug_in_that_is_not_there(pi05c: Command, policy: Path) -> None:
 # The whole model
 
 
-def test_stages_of_the_model(pi05c: Command, tiny_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_model.parent, tmp_path / "model")
+def test_stages_of_the_model(pi05c: Command, brief_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(brief_model.parent, tmp_path / "model")
     model = tmp_path / "model" / "model.onnx"
     folder = tmp_path / "stages"
     assert pi05c(model, "--dump", folder, "--verify-each=numbers").status == 0

@@ -41,10 +41,10 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(brief_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model, its samples, and what one run of tune left."""
     place = tmp_path_factory.mktemp("tune")
-    for path in tiny_model.parent.glob("model.*"):
+    for path in brief_model.parent.glob("model.*"):
         shutil.copy(path, place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PI05C_CACHE", str(place / "cache"))

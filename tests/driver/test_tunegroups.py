@@ -33,10 +33,10 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def stage(tiny_model: Path, base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stage(brief_model: Path, base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graph that choices start from; its ranges are assumed."""
     path = tmp_path_factory.mktemp("stage") / "stage.onnx"
-    model = load(tiny_model)
+    model = load(brief_model)
     pipeline.run(model, base.ahead, calibrate=lambda *_: AssumedRanges())
     save(model, path)
     return path
