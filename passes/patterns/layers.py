@@ -120,7 +120,7 @@ class Layers:
         self._name_linears(graph)
         steps = sum(step.scope is graph for step in self.flow)
         total = self._layers("denoise")
-        self._a_step = total // steps if steps > 1 and total % steps == 0 else None
+        self._a_step = total // steps if total and steps > 1 and total % steps == 0 else None
         self.operators = list(self._find(graph))
         self.outputs = sorted(
             self._outputs(), key=lambda found: (*found.place.order, found.half != HALVES[0])

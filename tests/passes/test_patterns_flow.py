@@ -8,6 +8,7 @@ import pytest
 from pass_graphs import editable, graph_text, node_of, normal, run_pass
 
 from pi05c.passes.patterns.flow import find_flow, flow_linears
+from pi05c.passes.patterns.layers import Layers
 from pi05c.passes.patterns.parts import parts_of
 
 STEP = """
@@ -64,6 +65,12 @@ def test_unrolled(spelling: str, steps: int) -> None:
     assert [step.scaled.outputs[0].name for step in found] == [f"d{i}" for i in range(steps)]
     assert [step.velocity.name for step in found] == [f"v{i}" for i in range(steps)]
     assert found[0].state.name == "noise"
+
+
+def test_steps_without_attention_have_no_layers() -> None:
+    found = Layers(editable(_unrolled("x + dt * v", 2)).graph).operators
+    assert {operator.place.layer for operator in found} == {None}
+    assert [operator.place.step for operator in found if operator.name == "flow accumulation"] == [0, 1]
 
 
 def test_through_casts() -> None:

@@ -382,7 +382,9 @@ class Core:
     def declared(self, tensor: T) -> onnx.ValueInfoProto:
         free = not tensor.constant and (self.dynamic_batch or self.dynamic_rows)
         return helper.make_tensor_value_info(
-            tensor.name, tensor.dtype, [f"d{i}" for i in range(len(tensor.shape))] if free else tensor.shape
+            tensor.name,
+            tensor.dtype,
+            [f"{tensor.name}.{i}" for i in range(len(tensor.shape))] if free else tensor.shape,
         )
 
     def embedded(self, x: T) -> T:
