@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pi05c
-from pi05c.graph.errors import BuildError, Pi05cError, unwritable
+from pi05c.graph.errors import BuildError, MachineError, unwritable
 from pi05c.graph.files import REQUEST, replacing, write_text
 
 EVENT = "@pi05c "
@@ -213,7 +213,9 @@ def _run_child(
         )
     except OSError as error:
         request_path.unlink(missing_ok=True)
-        raise Pi05cError(f"the builder cannot be started in {partial.parent}: {unwritable(error)}") from error
+        raise MachineError(
+            f"the builder cannot be started in {partial.parent}: {unwritable(error)}"
+        ) from error
 
     watch = threading.Thread(target=_watch, args=(process, run, time_limit_s, memory_limit), daemon=True)
     try:

@@ -23,14 +23,13 @@ from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import load, save
 from pi05c.graph.read import read_proto
 from pi05c.graph.runner import Array
-from pi05c.graph.session import open_session, session_options
+from pi05c.graph.session import error_kind, open_session, read_weights_from, session_options
 from pi05c.graph.sort import constants_first, sort_proto
 from pi05c.graph.spelling import awaits_fp4
 from pi05c.graph.walk import bodies_of, graphs_in
 
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
-"""onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
+"""Session entry of onnxruntime that keeps it from replacing Q/DQ by integer kernels, which round otherwise."""
 
 _DISABLED_OPTIMIZERS = ["ConstantFolding", "LayerNormFusionL1", "LayerNormFusionL2", KEPT]
 """Folding would widen narrow weights in memory; the fusion makes a node of two types where a normalization in float32
@@ -94,7 +93,7 @@ class OnnxRuntimeRunner:
         )
         options.enable_mem_pattern = False  # the second run would take all that the first did, in one block
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
-        options.add_session_config_entry(_DATA_FOLDER, str(path.absolute().parent))
+        read_weights_from(options, path.absolute().parent)
         try:
             model = lowered.model.SerializeToString()
             self._session: Any = open_session(model, options, _DISABLED_OPTIMIZERS)
@@ -102,7 +101,9 @@ class OnnxRuntimeRunner:
             newer = ""
             if type(error).__name__ == "NotImplemented":
                 newer = f"; this is onnxruntime {onnxruntime.__version__}, and a newer one may have it: pip install -U onnxruntime"
-            raise Pi05cError(f"onnxruntime cannot load {self._path}: {_short(error)}{newer}") from error
+            raise error_kind(error)(
+                f"onnxruntime cannot load {self._path}: {_short(error)}{newer}"
+            ) from error
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.
@@ -119,7 +120,7 @@ class OnnxRuntimeRunner:
         try:
             values = self._session.run(names, feeds)
         except Exception as error:
-            raise Pi05cError(f"onnxruntime cannot run {self._path}: {_short(error)}") from error
+            raise error_kind(error)(f"onnxruntime cannot run {self._path}: {_short(error)}") from error
         return {
             spec.name: np.asarray(value).astype(spec.dtype) if spec.name in self._fetches else value
             for spec, value in zip(self.outputs, values, strict=True)

@@ -25,7 +25,7 @@ from pi05c.cutout import cut_out
 from pi05c.diffing import diff_files
 from pi05c.folder import scratch
 from pi05c.graph.check import load_valid
-from pi05c.graph.errors import Pi05cError, UsageError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, UsageError, is_of_machine, unwritable
 from pi05c.graph.io import DataFolder, Model, location_of, save, tensors
 from pi05c.graph.ranges import Ranges, Wanted
 from pi05c.graph.read import read_proto
@@ -246,7 +246,7 @@ def _dump(
     except MissingRangesError:
         raise
     except Exception as error:
-        if not in_pass:
+        if not in_pass or is_of_machine(error):
             raise
         return files, _told(error)
     return files, None
@@ -524,8 +524,8 @@ class _Rewrites:
             return _Candidate(None, None, verdict)
         try:
             save(model, path, shared=self._search.candidates)
-        except Pi05cError:
-            if verdict is None:
+        except Pi05cError as error:
+            if verdict is None or is_of_machine(error):
                 raise
             return _Candidate(None, rewrites, verdict)
         return _Candidate(path, rewrites, verdict)
@@ -541,6 +541,8 @@ class _Rewrites:
         except InvalidGraphError as error:
             return model, error.rewrites, str(error)
         except Exception as error:
+            if is_of_machine(error):
+                raise
             return model, None, _told(error)
         return model, result.rewrites, ""
 
@@ -572,7 +574,7 @@ def _published(result: BisectResult, work: Path, output: Path | None) -> BisectR
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(work, place)
     except OSError as error:
-        raise Pi05cError(f"{place} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{place} cannot be written: {unwritable(error)}") from error
     guilty = result.guilty
     if guilty.cutout is not None:
         cutout = guilty.cutout

@@ -23,7 +23,7 @@ import numpy as np
 
 from pi05c.executors import run_tasks
 from pi05c.graph.dtypes import BFLOAT16
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unwritable
 from pi05c.graph.files import read_text, replacing, write_text
 from pi05c.graph.io import Model, location_of, to_proto
 from pi05c.graph.io import tensors as stored_tensors
@@ -321,7 +321,7 @@ def keep_ranges(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, measured)
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{path} cannot be written: {unwritable(error)}") from error
     return path
 
 

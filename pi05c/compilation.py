@@ -148,7 +148,8 @@ def compile(
     progress, options, output = progress or Progress(), options or RunOptions(), Path(output)
     refuse_limit(max_error)
     method = parse_method(calibration_method)
-    near = next(folder for folder in output.absolute().parents if folder.is_dir())
+    place = output.absolute()
+    near = next((folder for folder in place.parents if folder.is_dir()), Path(place.anchor))
     with on_disk(calibration, near) as found:
         job = _prepare(
             Path(model),

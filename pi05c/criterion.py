@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pi05c.backend.targets import Target
 from pi05c.comparison import Comparison, compare
-from pi05c.graph.errors import Pi05cError, UsageError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, UsageError, unwritable
 from pi05c.graph.io import load, location_of, tensors
 from pi05c.graph.read import read_proto
 from pi05c.precision import default_limit, precision_of, refuse_limit
@@ -125,6 +125,8 @@ class ErrorCriterion:
             if fresh:
                 return Verdict(False, f"it is not valid: {fresh[0]}")
             comparison = compare(self._reference, outputs_of(path, self.samples))
+        except MachineError:
+            raise
         except Pi05cError as error:
             return Verdict(False, f"it does not run: {error}")
         good = comparison.passes(limit)
@@ -195,7 +197,7 @@ class CheckCommand:
             _place(path, self.artifact)
             return self._judged(self.words, title)
         except OSError as error:
-            raise Pi05cError(f"{self.artifact} cannot be written: {unwritable(error)}") from error
+            raise MachineError(f"{self.artifact} cannot be written: {unwritable(error)}") from error
         finally:
             self.artifact.unlink(missing_ok=True)
 

@@ -24,7 +24,7 @@ from pi05c.comparison import Error, error_of
 from pi05c.graph.align import Alignment, same_shape
 from pi05c.graph.dtypes import to_numpy, to_onnx
 from pi05c.graph.edit import keep_between
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unwritable
 from pi05c.graph.io import DataFolder, Model, load, save, scopes
 from pi05c.graph.runner import Array
 from pi05c.graph.wiring import MISSING, Wiring
@@ -413,7 +413,7 @@ def _save(path: Path, values: Mapping[str, Array]) -> None:
     try:
         np.savez(path.with_suffix(".npz"), **widened)  # type: ignore[arg-type]
     except OSError as error:
-        raise Pi05cError(f"{path.with_suffix('.npz')} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{path.with_suffix('.npz')} cannot be written: {unwritable(error)}") from error
 
 
 def _recorded(before: Path, cut: Cut, sample: Mapping[str, Array]) -> dict[str, Array]:

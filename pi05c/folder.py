@@ -48,6 +48,9 @@ CHECKPOINT = "checkpoint.json"
 _MADE_LATER = (PLAN, PACKAGE, REPORT, "timing.cache", f"{PLAN}.cache")
 """What `build_engine.sh`, `pi05c build` and TensorRT-RTX at run time write into a folder that has its manifest."""
 
+_FINISHED = (CHECKPOINT, GRAPH, f"{GRAPH}.data", PLAN, PACKAGE, SAMPLES, TABLE, f"{TABLE}.data")
+"""What an unfinished folder may hold."""
+
 _RENAME_EXCHANGE = 2
 """Flag of Linux renameat2(2) that swaps two paths in one step."""
 
@@ -66,7 +69,8 @@ def check_output(output: Path, *, inputs: Iterable[Path] = ()) -> None:
         inputs: files and folders that the run reads.
 
     Raises:
-        Pi05cError: `output` is a file, holds an input, or holds files that its manifest does not name.
+        Pi05cError: `output` is a file, a mount point, holds an input, the current folder, or files that its manifest does
+            not name.
     """
     place = output.resolve()
     for path in inputs:
@@ -74,6 +78,16 @@ def check_output(output: Path, *, inputs: Iterable[Path] = ()) -> None:
         if place == source or place in source.parents:
             raise Pi05cError(f"output {output} would replace its own input {path}: choose another -o")
     if place.is_dir():
+        with contextlib.suppress(FileNotFoundError):  # the current folder is gone
+            if place in (here := Path.cwd(), *here.parents):
+                raise Pi05cError(
+                    f"output {output} would be replaced, and the current folder with it: run this from another folder, or "
+                    "choose a folder inside it"
+                )
+        if place.is_mount():
+            raise Pi05cError(
+                f"output {output} is a mount point, which cannot be replaced: choose a folder inside it"
+            )
         _refuse_foreign_files(output, place)
     elif place.exists():
         raise Pi05cError(f"output {output} is a file, but a folder is written: choose another -o")
@@ -109,8 +123,10 @@ def unfinished(output: Path) -> Path:
 
 
 def remove_unfinished(place: Path) -> None:
-    """Remove an unfinished folder, if it is one."""
-    if (place / CHECKPOINT).is_file():
+    """Remove an unfinished folder, if it is one and holds nothing else."""
+    if (place / CHECKPOINT).is_file() and all(
+        path.name in _FINISHED or is_partial(path.name) for path in place.rglob("*") if not path.is_dir()
+    ):
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -193,20 +209,17 @@ def _explained(error: OSError, output: Path) -> str:
 
 
 def _refuse_foreign_files(output: Path, place: Path) -> None:
-    found = {
-        path.relative_to(place).as_posix()
-        for path in place.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
-    if not found:
+    files = (path for path in place.rglob("*") if path.is_symlink() or not path.is_dir())
+    if not (place / MANIFEST).exists():
+        if next(files, None) is not None:
+            raise Pi05cError(
+                f"output {output} holds files but no {MANIFEST}, so it is not pi05c's to replace: choose another -o"
+            )
         return
-    if MANIFEST not in found:
-        raise Pi05cError(
-            f"output {output} holds files but no {MANIFEST}, so it is not pi05c's to replace: choose another -o"
-        )
     from pi05c.manifest import read_manifest
 
     manifest = read_manifest(place)
+    found = {path.relative_to(place).as_posix() for path in files}
     later = {inside(part, name) for part in ("", *manifest.places) for name in _MADE_LATER}
     foreign = sorted(
         name
@@ -248,13 +261,16 @@ def _locked_folder(place: Path) -> tuple[Path, int]:
 
 def _remove_abandoned(place: Path) -> None:
     """Remove scratch folders whose process is gone: nobody holds their lock."""
-    for folder in place.parent.glob(f"{_prefix(place)}*"):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            if lock(descriptor):
-                _set_aside(folder, place)
-        finally:
-            os.close(descriptor)
+    for folder in place.parent.iterdir():
+        if not folder.name.startswith(_prefix(place)):
+            continue
+        with contextlib.suppress(OSError):  # it is no folder, or somebody else's
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if lock(descriptor):
+                    _set_aside(folder, place)
+            finally:
+                os.close(descriptor)
 
 
 def _set_aside(folder: Path, place: Path) -> None:

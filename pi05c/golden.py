@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unwritable
 from pi05c.graph.files import read_text, read_toml, write_text
 from pi05c.graph.io import Model, load
 from pi05c.graph.ranges import Ranges
@@ -189,7 +189,7 @@ def _write(text: Text) -> None:
         else:
             write_text(text.path, text.now)
     except OSError as error:
-        raise Pi05cError(f"{text.path} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{text.path} cannot be written: {unwritable(error)}") from error
 
 
 def run_pass_case(model: Model, name: str) -> StepResult:

@@ -7,6 +7,7 @@ named: by `--plugin`, or, an entry point, by the name of its pass in the pipelin
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
@@ -71,11 +72,12 @@ def _load_file(path: Path) -> None:
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
     def execute() -> None:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None  # noqa: PT018 - a path that ends in .py has both
+        loader = importlib.machinery.SourceFileLoader(name, str(path))
+        spec = importlib.util.spec_from_loader(name, loader)
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
 
     _register(str(path), execute)
 
@@ -91,7 +93,7 @@ def _register(source: str, load: Callable[[], object]) -> None:
     before = dict(REGISTRY)
     try:
         load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         REGISTRY.clear()
         REGISTRY.update(before)
         reason = str(error) if isinstance(error, Pi05cError) else f"{type(error).__name__}: {error}"

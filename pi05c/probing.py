@@ -25,20 +25,18 @@ import onnx
 from pi05c.backend.lowering import KEPT, lower
 from pi05c.graph.dtypes import FLOAT32, bits, to_onnx
 from pi05c.graph.edit import Names
-from pi05c.graph.errors import Pi05cError
 from pi05c.graph.io import Model, location_of, make_inline, point_to_file, to_proto
 from pi05c.graph.io import tensors as stored_tensors
 from pi05c.graph.runner import Array
-from pi05c.graph.session import open_session, session_options
+from pi05c.graph.session import error_kind, open_session, read_weights_from, session_options
 from pi05c.graph.sort import constants_first
 from pi05c.graph.walk import graphs_in
 from pi05c.graph.weight_nodes import WeightNodes, widen_for_each_reader
 from pi05c.graph.weights import InMemory, Stored, Weight, stored_bytes
 from pi05c.reductions import Probe, Reductions, add_reductions
 
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_QUANTIZED_KERNELS = "session.disable_quant_qdq"
-"""onnxruntime's session entries; the second keeps it from replacing Q/DQ by integer kernels that round otherwise."""
+"""Session entry of onnxruntime that keeps it from replacing Q/DQ by integer kernels, which round otherwise."""
 
 _DISABLED = ["ConstantFolding", "CommonSubexpressionElimination", KEPT]
 """Optimizers of onnxruntime: the first would widen all weights and keep them, the second those that are read again."""
@@ -177,7 +175,7 @@ class ProbedGraph:
             }
             values = session.run_with_ort_values(outputs, {**weights, **feeds})
         except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise Pi05cError(f"the model cannot be run for calibration: {_short(error)}") from error
+            raise error_kind(error)(f"the model cannot be run for calibration: {_short(error)}") from error
         results = iter([value.numpy() for value in values])
         numbers = [np.zeros((len(self.probes), 0)), *itertools.islice(results, len(found.outputs))]
         return Probed(
@@ -196,11 +194,11 @@ class ProbedGraph:
         options.enable_mem_pattern = False  # the second run would ask for as much memory again, in one piece
         options.add_session_config_entry(_NO_QUANTIZED_KERNELS, "1")
         if self._base is not None:
-            options.add_session_config_entry(_DATA_FOLDER, str(self._base))
+            read_weights_from(options, self._base)
         try:
             session = open_session(zlib.decompress(self._packed), options, _DISABLED)
         except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise Pi05cError(f"the model cannot be loaded for calibration: {_short(error)}") from error
+            raise error_kind(error)(f"the model cannot be loaded for calibration: {_short(error)}") from error
         return session, {name: _ort_value(fed) for name, fed in self._fed.items()}
 
 

@@ -12,7 +12,7 @@ from pi05c.backend.targets import Target
 from pi05c.calibration import MeasuredRanges
 from pi05c.comparison import Comparison
 from pi05c.cost import cost_records
-from pi05c.graph.errors import Pi05cError, VerificationError
+from pi05c.graph.errors import Pi05cError, VerificationError, is_of_machine
 from pi05c.graph.io import Model
 from pi05c.kernels import kernels_of
 from pi05c.manifest import CostRecord, PassRecord, PipelineRecord, SkipRecord
@@ -177,9 +177,9 @@ def rewrite(
 
 def _is_failure(error: Exception) -> bool:
     """Whether a pass is to blame, and not the request, the disk or the memory."""
-    if isinstance(error, (Pi05cError, OSError, MemoryError)):
+    if isinstance(error, Pi05cError):
         return isinstance(error, (pipeline.InvalidGraphError, VerificationError))
-    return True
+    return not is_of_machine(error)
 
 
 def _cost(model: Model, runs: int, device: Device | None, progress: Progress) -> list[CostRecord]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from pi05c.backend.signature import TensorSpec, check_inputs
 from pi05c.graph.dtypes import BOOL, to_numpy
-from pi05c.graph.errors import Pi05cError, UsageError, unreadable, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, UsageError, unreadable, unwritable
 from pi05c.graph.io import Model
 from pi05c.graph.npz import read_npz, write_npz
 from pi05c.graph.runner import Array
@@ -255,7 +255,7 @@ def on_disk(calibration: Given, folder: Path) -> Iterator[Sequence[str | Path]]:
     try:
         kept = tempfile.TemporaryDirectory(prefix=".pi05c-", dir=folder)
     except OSError as error:
-        raise Pi05cError(f"{folder} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{folder} cannot be written: {unwritable(error)}") from error
     with kept as name:
         place = Path(name) / (Path(str(getattr(calibration, "source", ITERATOR))).name or ITERATOR)
         place.mkdir()

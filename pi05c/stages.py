@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pi05c.graph.errors import Pi05cError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unwritable
 from pi05c.graph.files import write_text
 from pi05c.graph.io import DataFolder, Model, load, save
 from pi05c.graph.read import read_proto
@@ -157,7 +157,7 @@ class StageFolder:
             for path in [*stale, *(beside if first == 0 else ())]:
                 path.unlink()
         except OSError as error:
-            raise Pi05cError(f"--dump {folder} cannot be written: {unwritable(error)}") from error
+            raise MachineError(f"--dump {folder} cannot be written: {unwritable(error)}") from error
 
     def _refuse(self, replaced: Iterable[Path], own: Collection[str], reads: Collection[Path]) -> None:
         for path in replaced:

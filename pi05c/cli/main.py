@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pi05c.cli.app import SHARED_OPTIONS, app
 from pi05c.cli.truncation import truncation_explained
@@ -24,6 +26,9 @@ _COMPARING = ("diff", "golden", "bisect")
 """Commands whose exit status is that of `diff`: 0 the same, 1 different, 2 anything that kept them from telling."""
 
 _TROUBLE = 2
+
+_NARROWEST, _WIDEST = 20, 1000
+"""Between these, what COLUMNS says of a terminal is believed."""
 
 _MESSAGE_CHARACTERS = 4000
 """What is beyond that is cut out of the middle of a message."""
@@ -57,6 +62,7 @@ def _ended_by_signals() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line in the main thread and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _repair_streams()
     completing = "_PI05C_COMPLETE" in os.environ
     try:
         with _ended_by_signals(), truncation_explained(_status(arguments, Pi05cError.exit_code)):
@@ -71,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (_Ended, KeyboardInterrupt) as error:
         print("interrupted", file=sys.stderr)
         return error.status if isinstance(error, _Ended) else _SIGNAL_STATUS + signal.SIGINT
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # who read the output has gone, which is no error
+            return _SIGNAL_STATUS + signal.SIGPIPE
+        raise
     except Exception as error:
         message, status = _explained(error)
         if "--debug" in arguments:
@@ -79,6 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         print(f"error: {printable(_cut(message), layout=False)}", file=sys.stderr)
         return _status(arguments, status)
+
+
+def _repair_streams() -> None:
+    """Bear standard streams that are closed, lack characters, or are said to be too narrow or too wide to print on."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would get this number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115 - it stays open
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and not _NARROWEST <= int(columns[:9]) <= _WIDEST:
+        del os.environ["COLUMNS"]
 
 
 def _cut(message: str) -> str:
@@ -107,10 +134,15 @@ def _explained(error: Exception) -> tuple[str, int]:
         command = "pi05c" if context is None else context.command_path
         return f"{message[:1].lower()}{message[1:]} (see {command} --help)", UsageError.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        named = error.filename2 or error.filename or "a file"
+        named = error.filename2 or error.filename or "a file or the standard output"
         return f"{named} cannot be used: {unwritable(error)}", Pi05cError.exit_code
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, up to 3.12
         return f"{str(error)[:1].lower()}{str(error)[1:]}: name another place", Pi05cError.exit_code
+    if isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError):
+        return (
+            f"a library cannot be loaded ({error}): where memory did not run out, install it again",
+            Pi05cError.exit_code,
+        )
     if isinstance(error, MemoryError):
         return "memory ran out: use a machine with more, or end other programs", Pi05cError.exit_code
     kind = type(error).__name__

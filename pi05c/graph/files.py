@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pi05c.graph.errors import Pi05cError, unreadable, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unreadable, unwritable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,7 +56,7 @@ def replacing(path: Path, *, through_link: bool = True) -> Iterator[Path]:
                     partial.chmod(stat.S_IMODE(place.stat().st_mode))
                 partial.replace(place)
     except OSError as error:
-        raise Pi05cError(f"{error.filename2 or path} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{error.filename2 or path} cannot be written: {unwritable(error)}") from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
             path.write_bytes(content)
             return
     except OSError as error:
-        raise Pi05cError(f"{path} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{path} cannot be written: {unwritable(error)}") from error
     with replacing(path) as partial:
         partial.write_bytes(content)
 
@@ -140,7 +140,7 @@ def refuse_replacing(output: Path, reads: Iterable[Path]) -> None:
             if source in (place, *place.parents) or (source.exists() and source.samefile(place)):
                 raise Pi05cError(f"{output} would replace {path}, which is read: choose another -o")
     except OSError as error:
-        raise Pi05cError(f"{output} cannot be written: {unwritable(error)}") from error
+        raise MachineError(f"{output} cannot be written: {unwritable(error)}") from error
 
 
 def _refuse_what_is_no_file(path: Path) -> None:

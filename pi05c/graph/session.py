@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from pi05c.graph.errors import MachineError, Pi05cError
+
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+
+_NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
+"""What is in the messages of onnxruntime where memory ran out."""
 
 _LAYOUT_FROM = "1.30"
 """From 1.23 to 1.29 onnxruntime aborts the process in its layout optimizations where constant folding is off and a weight
@@ -49,6 +57,26 @@ def session_options() -> Any:
     return options
 
 
+def read_weights_from(options: Any, folder: Path) -> None:
+    """Let a session find the files that its model names in `folder`.
+
+    Raises:
+        Pi05cError: onnxruntime cannot be told the folder's name.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise Pi05cError(
+            f"onnxruntime cannot read from {folder}, whose name is no UTF-8: rename it, or go there by a link"
+        ) from error
+    options.add_session_config_entry(_DATA_FOLDER, str(folder))
+
+
+def error_kind(error: Exception) -> type[Pi05cError]:
+    """What to raise for an error of onnxruntime: the machine's where memory ran out."""
+    return MachineError if any(words in str(error) for words in _NO_MEMORY) else Pi05cError
+
+
 @cache
 def _is(version: str) -> bool:
     """Whether onnxruntime is of a version or newer."""
@@ -58,4 +86,4 @@ def _is(version: str) -> bool:
     return Version(onnxruntime.__version__) >= Version(version)
 
 
-__all__ = ["open_session", "session_options"]
+__all__ = ["error_kind", "open_session", "read_weights_from", "session_options"]

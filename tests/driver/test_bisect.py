@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
+import itertools
 import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Command
@@ -136,3 +140,34 @@ def test_equal_graphs_are_judged_once(
     trials = [trial["graph"] for trial in json.loads(result.out)["trials"]]
     assert {"00-input", "01-wreck", "01-wreck.0", "01-wreck.1", "03-disable_conv2d_quant"} <= set(trials)
     assert log.read_text() == "run\n" * 2
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
+@pytest.mark.parametrize(
+    "place",
+    ["pi05c.bisection.save", "pi05c.stages.save", "pi05c.criterion.outputs_of", "pi05c.bisection.run_steps"],
+)
+def test_no_pass_is_to_blame_for_the_machine(
+    pi05c: Command,
+    policy: Path,
+    wrecking_pass: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+) -> None:
+    module, _, name = place.rpartition(".")
+    calls = itertools.count()
+    itself = getattr(importlib.import_module(module), name)
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        if next(calls) >= (2 if name == "outputs_of" else 0):
+            raise error
+        return itself(*arguments, **named)
+
+    monkeypatch.setattr(place, fail)
+    result = pi05c("bisect", policy, "--passes", PASSES, "-o", tmp_path / "found")
+    assert result.status == 2
+    assert "disk is full" in result.err or "memory ran out" in result.err
+    assert "defect" not in result.err
+    assert not (tmp_path / "found").exists()

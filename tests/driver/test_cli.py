@@ -35,7 +35,7 @@ from pi05c.backend.onnxruntime import load_runner
 from pi05c.backend.targets import Flavour
 from pi05c.cli.app import spread as spread_samples
 from pi05c.folder import GRAPH, PLAN
-from pi05c.manifest import Manifest
+from pi05c.manifest import Manifest, check_files, read_manifest
 from pi05c.passes import PRESETS, REGISTRY
 
 __all__ = ["policy", "wrecking_pass"]
@@ -613,3 +613,52 @@ def test_export_and_compile_the_reference_checkpoint(
     assert result.status == 0
     expected = np.load(reference_dir / "three_views.float32.npz")["actions"]
     np.testing.assert_allclose(np.load(tmp_path / "actions.npz")["actions"], expected, atol=1e-4)
+
+
+# Streams and terminals
+
+
+def shell(command: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell in which `pi05c` is this one."""
+    line = f'pi05c() {{ "{sys.executable}" -m pi05c "$@"; }}; {command}'
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+    return subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_streams_that_are_closed_get_no_file(policy: Path, tmp_path: Path) -> None:
+    """Else a data file would be descriptor 1 or 2, and hold what libraries print."""
+    words = f"{policy} --passes exact --backend onnxruntime --verbose -o engine"
+    assert shell(f"pi05c {words} <&- >&- 2>&-", tmp_path).returncode == 0
+    check_files(tmp_path / "engine", read_manifest(tmp_path / "engine"))
+    for stream in (">&-", "2>&-"):
+        assert shell(f"pi05c inspect engine {stream}", tmp_path).returncode == 0
+
+
+def test_a_reader_that_leaves_is_no_error(policy: Path, tmp_path: Path) -> None:
+    done = shell(f"pi05c inspect {policy} | true; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_full_output_is_said(policy: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full")
+    done = shell(f"pi05c inspect {policy} > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert "the standard output cannot be used: the disk is full" in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "9" * 5000])
+def test_widths_that_no_terminal_has(
+    policy: Path, pi05c: Command, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "input  x: float32[1,8,32]" in pi05c("inspect", policy).out
+
+
+def test_an_output_that_lacks_characters(policy: Path, tmp_path: Path) -> None:
+    renamed = policy.rename(policy.with_name("\N{LATIN SMALL LETTER E WITH ACUTE}.onnx"))
+    done = shell(f"pi05c inspect {renamed}", tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xe9.onnx: opset 21" in done.stdout

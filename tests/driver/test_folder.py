@@ -193,3 +193,57 @@ def test_what_the_disk_answers_becomes_a_sentence(tmp_path: Path, code: int, sai
         raise OSError(code, os.strerror(code))
     assert str(tmp_path / "engine") in str(caught.value)
     assert names(tmp_path) == []
+
+
+def test_what_is_no_scratch_folder_is_left_alone(tmp_path: Path) -> None:
+    """A pipe of such a name would be waited for."""
+    os.mkfifo(tmp_path / ".engine.partial-pipe")
+    (tmp_path / ".engine.partial-file").write_text("mine")
+    (tmp_path / ".engine.partial-link").symlink_to(tmp_path)
+    (tmp_path / ".other.partial-0").mkdir()
+    publish(tmp_path / "engine")
+    publish(tmp_path / "*")
+    left = {".engine.partial-pipe", ".engine.partial-file", ".engine.partial-link", ".other.partial-0"}
+    assert set(names(tmp_path)) == {"engine", "*", *left}
+
+
+def test_an_unfinished_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    place = tmp_path / "engine.unfinished"
+    place.mkdir()
+    (place / "checkpoint.json").write_text("{}")
+    (place / "weights.bin").write_text("mine")
+    folder.remove_unfinished(place)
+    assert names(place) == ["checkpoint.json", "weights.bin"]
+    (place / "weights.bin").rename(place / "model.onnx.data")
+    folder.remove_unfinished(place)
+    assert not place.exists()
+
+
+def test_half_written_files_in_an_engine_folder_are_pi05cs(tmp_path: Path) -> None:
+    """As a process leaves them that is killed while it builds."""
+    output = write_engine(tmp_path / "engine")
+    for name in (".manifest.json.partial-00c0ffee.json", ".model.engine.partial-00c0ffee.engine.request"):
+        (output / name).write_text("half")
+    check_output(output)
+    (output / ".notes.partial-mine").write_text("mine")
+    with pytest.raises(Pi05cError, match="which its manifest"):
+        check_output(output)
+
+
+@pytest.mark.parametrize("inside", [".", "parts"])
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    output = write_engine(tmp_path / "engine")
+    (output / "parts").mkdir()
+    monkeypatch.chdir(output / inside)
+    with pytest.raises(Pi05cError, match="the current folder with it: run this from another folder"):
+        check_output(output)
+
+
+@pytest.mark.skipif(not Path("/proc").is_mount(), reason="a mount point that is always there")
+def test_places_that_cannot_be_replaced(tmp_path: Path) -> None:
+    with pytest.raises(Pi05cError, match="is a mount point"):
+        check_output(Path("/proc"))
+    with pytest.raises(Pi05cError, match=r"would be replaced|mount point"):
+        check_output(Path("/"))

@@ -455,3 +455,22 @@ def test_plug_ins_load_only_when_they_are_named(policy: Path, tmp_path: Path) ->
     words = [str(policy), "--passes", "none", "-o", str(engine), "--backend", "onnxruntime", "-q"]
     run = subprocess.run([*command, *words], cwd=policy.parent, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_folder_whose_name_is_no_text(pi05c: Command, tmp_path: Path) -> None:
+    """onnxruntime takes UTF-8 alone; scripts hold the name as it is."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_samples(plain / "model.calibration.npz")
+    write_policy(plain / "model.onnx")
+    folder = plain.rename(tmp_path / os.fsdecode(b"\xff\xfe"))
+    model = folder / "model.onnx"
+    result = pi05c(model, "--passes", "none", "-o", tmp_path / "engine", "--backend", "onnxruntime")
+    assert result.status == 1
+    assert "whose name is no UTF-8: rename it, or go there by a link" in result.err
+    (tmp_path / "link").symlink_to(folder)
+    assert pi05c("data-loader", model, "-o", tmp_path / "loader.py").status == 0
+    assert len(runpy.run_path(str(tmp_path / "loader.py"))["load_data"]()) == 1
+    linked = tmp_path / "link" / "model.onnx"
+    result = pi05c(linked, "--passes", "none", "-o", tmp_path / "engine", "--backend", "onnxruntime")
+    assert result.status == 0, result.err

@@ -470,12 +470,13 @@ def test_an_entry_point_is_loaded_by_the_name_of_its_pass_only(
     [
         ("1 / 0", "ZeroDivisionError"),
         ("import onnx", "registers no pass"),
+        ("raise SystemExit(0)", "SystemExit"),
         (
             "from pi05c.passes import graph_pass\n@graph_pass(exact=True)\ndef canonicalize(graph, ctx): ...",
             "two passes",
         ),
     ],
-    ids=["fails", "empty", "taken"],
+    ids=["fails", "empty", "ends", "taken"],
 )
 def test_a_plug_in_that_cannot_be_used_is_named(
     pi05c: Command, policy: Path, tmp_path: Path, text: str, reason: str
@@ -487,6 +488,13 @@ def test_a_plug_in_that_cannot_be_used_is_named(
     assert "bad.py" in result.err
     assert reason in result.err
     assert before == REGISTRY
+
+
+def test_a_plug_in_may_have_any_name(pi05c: Command, tmp_path: Path) -> None:
+    (tmp_path / "passes").write_text(
+        "from pi05c.passes import graph_pass\n@graph_pass(exact=True)\ndef mine(graph, ctx):\n    'Mine.'\n"
+    )
+    assert "mine" in pi05c("passes", "--plugin", tmp_path / "passes").out
 
 
 def test_a_plug_in_that_is_not_there(pi05c: Command, policy: Path) -> None:
