@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +23,10 @@ _SIGNAL_STATUS = 128
 _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 """Signals that end a run as Ctrl-C does: scratch files go, the old engine stays. SIGHUP: the terminal was closed."""
 
+
+_SAME_S = 1.0
+"""A Ctrl-C so soon after another, or after a signal, is the same one, which a terminal and a parent process both passed on:
+it must not keep what is half done from being put away."""
 
 _COMPARING = ("diff", "golden", "bisect")
 """Commands whose exit status is that of `diff`: 0 the same, 1 different, 2 anything that kept them from telling."""
@@ -45,13 +51,24 @@ class _Ended(BaseException):
 def _ended_by_signals() -> Iterator[None]:
     """Turn signals that end a process at once into an exception, so that what is half done is put away."""
     numbers = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
+    ended = -math.inf
 
     def end(number: int, _frame: object) -> None:
+        nonlocal ended
+        ended = time.monotonic()
         for other in numbers:
             signal.signal(other, signal.SIG_IGN)
         raise _Ended(number)
 
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal ended
+        if (now := time.monotonic()) - ended > _SAME_S:
+            ended = now
+            raise KeyboardInterrupt
+
     before = {number: signal.signal(number, end) for number in numbers}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:

@@ -171,15 +171,15 @@ def _prefix(place: Path) -> str:
 
 def _remove_abandoned(place: Path) -> None:
     """Remove what killed processes left half written: nobody holds its lock."""
-    name = re.compile(f"{re.escape(_prefix(place))}[0-9a-f]{{8}}{re.escape(place.suffix)}")
-    for path in place.parent.iterdir():
-        if name.fullmatch(path.name):
+    name = re.compile(f"({re.escape(_prefix(place))}[0-9a-f]{{8}}{re.escape(place.suffix)})({REQUEST})?")
+    for path in sorted(place.parent.iterdir()):  # a file before what was asked of its builder
+        found = name.fullmatch(path.name)
+        if found and not (found[2] and path.with_name(found[1]).exists()):
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     if lock(descriptor):
                         path.unlink()
-                        path.with_name(path.name + REQUEST).unlink(missing_ok=True)
                 finally:
                     os.close(descriptor)
 

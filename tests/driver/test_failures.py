@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from small_policy import BUILDS, policy, pretend_installed, use_worker, write_policy
 
-from pi05c import cli, compilation
+from pi05c import cli, compilation, folder
 from pi05c.backend.targets import Flavour
 from pi05c.folder import CHECKPOINT, FAILED_BUILD, GRAPH, MANIFEST, PLAN, SAMPLES, SCRIPT
 from pi05c.graph.errors import BuildError
@@ -199,6 +200,26 @@ def test_whatever_ends_a_stage_the_old_folder_stays_and_the_next_run_goes_on_wit
     assert content(output).keys() == before.keys()
     assert content(output)[GRAPH] == before[GRAPH]
     assert set(tmp_path.iterdir()) == places
+
+
+@pytest.mark.parametrize(("first", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_twice_lets_what_is_half_done_be_put_away(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, status: int
+) -> None:
+    """As where a terminal and a parent process both pass on a Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        pytest.skip("Ctrl-C is ignored here")
+    put_away = folder._set_aside
+
+    def interrupted(*arguments: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        put_away(*arguments)
+
+    monkeypatch.setattr(folder, "_set_aside", interrupted)
+    monkeypatch.setattr(compilation, "plain_run", lambda *_: os.kill(os.getpid(), first))
+    arguments = (policy, "--passes", "none", "-o", tmp_path / "engine", "--backend", "onnxruntime")
+    assert main(*arguments) == status
+    assert {path.name for path in tmp_path.iterdir()} == {"policy"}
 
 
 @pytest.mark.parametrize("target", ["thor", "h100", "h100,sm100"])

@@ -31,6 +31,7 @@ def test_what_a_killed_process_left_is_removed_and_what_others_write_stays(tmp_p
     left = tmp_path / ".out.npz.partial-00c0ffee.npz"
     left.write_bytes(b"half")
     left.with_name(f"{left.name}.request").write_text("{}")
+    left.with_name(".out.npz.partial-00000000.npz.request").write_text("{}")
     mine = tmp_path / ".out.npz.partial-mine"
     mine.write_text("mine")
     os.mkfifo(tmp_path / ".out.npz.partial-0badf00d.npz")
