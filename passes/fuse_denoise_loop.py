@@ -7,12 +7,19 @@ from typing import Literal
 import onnx_graphsurgeon as gs
 
 from pi05c.graph.errors import UsageError
+from pi05c.graph.scopes import nodes_of
 from pi05c.passes.contract import PassContext, graph_pass
 from pi05c.passes.loop_edit import drop_unchanged, make_names_unique
 from pi05c.passes.patterns.loops import StaticLoop, each_loop, find_static_loop
 from pi05c.passes.patterns.step_plan import StepPlan, plan_steps
 from pi05c.passes.step_tables import index_tables, is_indexed
 from pi05c.passes.unroll import obstacle_to_unrolling, unroll
+
+MOST_NODES = 200_000
+"""Nodes that a graph may have once its loops are unrolled, since loops inside loops multiply; pi0.5 has a tenth of it."""
+
+MOST_LOOPS = 256
+"""Copies of loops inside loops that may be made: each is looked at on its own, in the whole graph."""
 
 # Unsqueeze takes its axes as an input, and Loop and Scan have the form that is edited here, from opset 13 on.
 _OPSET = 13
@@ -29,8 +36,8 @@ def fuse_denoise_loop(
     """Unroll each Loop or Scan of a known number of steps, and compute at compile time what depends on the step alone.
 
     The number of steps is a constant trip count, the static size of a scanned axis, or found by running a condition
-    that depends on nothing but constants and the step. A loop whose condition or trip count only a run knows, or of
-    more than `max_steps` steps, is left alone.
+    that depends on nothing but constants and the step. A loop whose condition or trip count only a run knows, of
+    more than `max_steps` steps, or that would make more than 200,000 nodes of the graph, is left alone.
 
     Values of the body fall into three kinds. What is the same in every step is computed once, in front. What depends
     on constants and the step alone (counters, t, the time embedding and its MLP, the scale, shift and gate of adaRMS)
@@ -42,16 +49,34 @@ def fuse_denoise_loop(
     if max_steps < 1:
         raise UsageError(f"option max_steps={max_steps} of pass fuse_denoise_loop must be at least 1")
     any_loop = False
+    room, loops_room = MOST_NODES - sum(1 for _ in nodes_of(graph)), MOST_LOOPS
     for scope, node in each_loop(graph):
         any_loop = True
         loop = find_static_loop(graph, scope, node, max_steps)
-        reason = loop if isinstance(loop, str) else obstacle_to_unrolling(loop)
-        if reason or isinstance(loop, str):
-            ctx.skip(node, reason or "")
+        if isinstance(loop, str):
+            ctx.skip(node, loop)
             continue
-        _fuse(graph, loop, ctx, unrolled=mode == "unroll" or loop.steps == 0)
+        unrolled = mode == "unroll" or loop.steps == 0
+        copied, loops = _copied(loop) if unrolled else (0, 0)
+        reason = obstacle_to_unrolling(loop) if unrolled else None
+        if not reason and copied > room:
+            reason = f"its steps would be {copied:,} more nodes, and the graph may have {MOST_NODES:,}"
+        if not reason and loops > loops_room:
+            reason = f"its steps would be {loops:,} more loops, and {MOST_LOOPS} may be made"
+        if reason:
+            ctx.skip(node, reason)
+            continue
+        room, loops_room = room - copied, loops_room - loops
+        _fuse(graph, loop, ctx, unrolled=unrolled)
     if not any_loop:
         ctx.note("the graph has no Loop or Scan")
+
+
+def _copied(loop: StaticLoop) -> tuple[int, int]:
+    """How many nodes, and loops among them, unrolling adds at most."""
+    nodes = [node.op for node in nodes_of(loop.form.body)]
+    copies = max(loop.steps - 1, 0)
+    return len(nodes) * copies, sum(op in ("Loop", "Scan") for op in nodes) * copies
 
 
 def _fuse(graph: gs.Graph, loop: StaticLoop, ctx: PassContext, *, unrolled: bool) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import to_numpy
-from pi05c.graph.edit import Editor
+from pi05c.graph.dtypes import bits, to_numpy
+from pi05c.graph.edit import Editor, producer
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
 from pi05c.passes.contract import PassContext, graph_pass
@@ -76,7 +76,11 @@ def _groups(graph: gs.Graph) -> list[_Group]:
     for linears in by_activation.values():
         if len(linears) > 1:
             biases = [bias_of(linear) for linear in linears]
-            all_biases = tuple(bias for bias in biases if bias and homes[id(bias.node)] is linears[0].scope)
+            all_biases = tuple(
+                bias
+                for bias in biases
+                if bias and homes[id(bias.node)] is linears[0].scope and not _is_rounded(bias)
+            )
             found.append(_Group(tuple(linears), all_biases if len(all_biases) == len(linears) else ()))
     return found
 
@@ -88,6 +92,8 @@ def _obstacle(group: _Group, uses: int, outputs: set[int], max_scale_ratio: floa
             return f"{linear.node.name!r} is a Gemm"
         if any(node.op not in ("Cast", "Transpose", "Identity") for node in linear.path):
             return f"the weight of {linear.node.name!r} is quantized"
+        if any(_rounds(above, linear.node.inputs[1]) for above in linear.path):
+            return f"the weight of {linear.node.name!r} is rounded before it is read"
         if to_numpy(linear.weight.dtype) != to_numpy(first.weight.dtype):
             return "their weights have different types"
         if to_numpy(linear.node.inputs[1].dtype) != to_numpy(first.node.inputs[1].dtype):
@@ -102,6 +108,20 @@ def _obstacle(group: _Group, uses: int, outputs: set[int], max_scale_ratio: floa
     if not max(amax) <= max_scale_ratio * min(amax):
         return f"their largest weights differ {max(amax) / max(min(amax), 1e-45):.3g}-fold, more than {max_scale_ratio:g}"
     return ""
+
+
+def _is_rounded(bias: Bias) -> bool:
+    read = tensor = bias.node.inputs[bias.index]
+    while (node := producer(tensor)) is not None:
+        if _rounds(node, read):
+            return True
+        tensor = node.inputs[0]
+    return False
+
+
+def _rounds(cast: gs.Node, read: gs.Tensor) -> bool:
+    """Whether a node between what is stored and what is read is a Cast to a type that holds less than the latter."""
+    return cast.op == "Cast" and bits(cast.attrs["to"]) < bits(read.dtype)
 
 
 def _as_read(linear: Linear) -> Weight:

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from pi05c.graph.edit import producer
 from pi05c.passes.patterns.softmax import Softmax, find_softmaxes
-from pi05c.passes.patterns.walk import consumers, each_node, made_by, origin, output_ids, scalar
+from pi05c.passes.patterns.walk import consumers, each_node, made_by, origin, output_ids, rank, scalar
 
 _BEFORE_SPLIT = frozenset({"Cast", "Identity", "Reshape"})
 _AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Reshape", "QuantizeLinear", "DequantizeLinear"})
@@ -195,6 +195,8 @@ def _step(node: gs.Node) -> tuple[gs.Tensor, float | None, bool] | None:
     if node.op in ("Cast", "Identity", "Reshape"):
         return node.inputs[0], None, False
     if node.op in ("Mul", "Div"):
+        if _raises_rank(node):
+            return None
         value = scalar(node.inputs[1])
         if value is not None and value != 0:
             return node.inputs[0], (value if node.op == "Mul" else 1 / value), False
@@ -209,6 +211,13 @@ def _step(node: gs.Node) -> tuple[gs.Tensor, float | None, bool] | None:
         logits = [index for index in (1, 2) if _leads_to_matmul(node.inputs[index])]
         return (node.inputs[logits[0]], None, True) if len(logits) == 1 else None
     return None
+
+
+def _raises_rank(node: gs.Node) -> bool:
+    """Whether a Mul or Div by a number of more axes than the data has adds axes to it."""
+    ranks = [size for tensor in node.inputs if (size := rank(tensor)) is not None and scalar(tensor) is None]
+    numbers = [rank(tensor) or 0 for tensor in node.inputs if scalar(tensor) is not None]
+    return bool(ranks and numbers) and max(numbers) > max(ranks)
 
 
 def _leads_to_matmul(tensor: gs.Tensor) -> bool:

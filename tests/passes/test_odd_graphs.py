@@ -683,3 +683,65 @@ def test_an_operator_that_is_defined_in_float32_stays_there() -> None:
 def test_a_tensor_of_unknown_type_is_no_float() -> None:
     """numpy takes None for float64."""
     assert not is_float(None)
+
+
+NESTED = """
+    g (float[2] x) => (float[2] y) {
+      y = Loop(n, true, x)<body = outer (int64 i, bool c, float[2] s) => (bool on, float[2] after) {
+        on = Identity(c)
+        after = Loop(m, true, s)<body = inner (int64 j, bool d, float[2] u) => (bool still, float[2] bent) {
+          still = Identity(d)
+          half = Tanh(u)
+          bent = Neg(half)
+        }>
+      }>
+    }"""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "reason"), [(900, 900, "899 more loops"), (3, 70_000, "more nodes")]
+)
+def test_loops_that_would_be_too_many_nodes_stay(outer: int, inner: int, reason: str) -> None:
+    weights = {"n": np.array(outer), "m": np.array(inner), "true": np.array(True)}
+    result = run_pass(editable(graph_text(NESTED, weights)), "fuse_denoise_loop", max_steps="100000")
+    assert reason in result.skips[0].reason
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_what_is_rounded_before_it_is_read_is_not_joined(which: str) -> None:
+    proto = graph_text(
+        f"""
+        g (float[2,8] x) => (float[2,8] y) {{
+          low = Cast<to=16>({"w" if which == "weight" else "b"})
+          wide = Cast<to=1>(low)
+          first = MatMul(x, {"wide" if which == "weight" else "w"})
+          first_biased = Add(first, {"wide" if which == "bias" else "b"})
+          second = MatMul(x, v)
+          second_biased = Add(second, d)
+          y = Mul(first_biased, second_biased)
+        }}""",
+        {"w": normal(1, 8, 8), "b": normal(2, 8), "v": normal(3, 8, 8), "d": normal(4, 8)},
+    )
+    after = editable(proto)
+    run_pass(after, "fuse_projections", max_scale_ratio="1000")
+    inputs = seeded_inputs(proto, 3)
+    assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6
+
+
+def test_a_scale_that_adds_an_axis_is_none_of_attention() -> None:
+    proto = graph_text(
+        """
+        g (float[1,2,16,8] q, float[1,2,8,16] k, float[1,2,16,8] v) => (float[1,1,2,16,8] y) {
+          logits = MatMul(q, k)
+          scaled = Mul(logits, scale)
+          probs = Softmax<axis=-1>(scaled)
+          y = MatMul(probs, v)
+        }""",
+        {"scale": np.full((1,) * 5, 0.25, np.float32)},
+    )
+    after = editable(proto)
+    result = run_pass(
+        after, "insert_attention_qdq", ranges_of(dict.fromkeys("qkv", (-4.0, 4.0))), vision="true"
+    )
+    assert result.changes == ()
+    assert problems(after) == []
