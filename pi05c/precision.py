@@ -20,10 +20,11 @@ from pi05c.passes.patterns.norm import find_norms
 from pi05c.passes.patterns.parts import PARTS, Part, parts_of
 from pi05c.passes.patterns.rope import find_rope
 from pi05c.passes.patterns.softmax import find_softmaxes
-from pi05c.passes.patterns.walk import each_node
+from pi05c.passes.patterns.walk import MOVING, QDQ, each_node
 
-KINDS = ("convolution", "linear", "attention", "softmax", "norm", "RoPE", "flow accumulation")
-"""What is told apart, in the order in which it is shown. Attention stands for its two MatMuls."""
+KINDS = ("convolution", "linear", "attention", "softmax", "norm", "RoPE", "flow accumulation", "other")
+"""What is told apart, in the order in which it is shown. Attention stands for its two MatMuls. Other operators are counted
+where none of the first ones is of their type, and it is narrower than float32."""
 
 LIMITS = {
     "float64": 1e-5,
@@ -40,6 +41,15 @@ float16 keeps 11. FP8 lies between a published FP8 deployment (cosine 0.9995, an
 recipe whose cosine of 0.9946 (0.104) went with a fall from 92% to 80% task success.
 """
 
+_NARROW = {"float16", "bfloat16"}
+
+_MOVED = (
+    MOVING
+    | QDQ
+    | {"Concat", "Gather", "GatherElements", "GatherND", "Pad", "Slice", "Split", "Tile", "Where"}
+)
+"""Operators that hand on what they are given, whatever its type."""
+
 RANDOM_WEIGHTS_FACTOR = 4.0
 """By how much a limit is wider for a model with random weights, where it can only tell a defect from rounding.
 
@@ -55,9 +65,18 @@ def precision_of(*graphs: gs.Graph) -> list[PrecisionRecord]:
     a norm, softmax or RoPE whose nodes compute in several types.
     """
     counts: Counter[tuple[str, str, str]] = Counter()
+    others: Counter[tuple[str, str]] = Counter()
     for graph in graphs:
         parts = parts_of(graph)
-        counts.update((parts[id(node)], kind, dtype) for node, kind, dtype in _operators(graph))
+        operators = list(_operators(graph))
+        counts.update((parts[id(node)], kind, dtype) for node, kind, dtype in operators)
+        counted = {id(node) for node, _, _ in operators}
+        rest = (node for _, node in each_node(graph) if node.op not in _MOVED and id(node) not in counted)
+        others.update((parts[id(node)], arithmetic_dtype([node])) for node in rest)
+    known = {part for _, _, dtype in counts for part in dtype.split(" x ")}
+    counts.update(
+        {(part, "other", dtype): n for (part, dtype), n in others.items() if dtype in _NARROW - known}
+    )
     order: dict[str, int] = {part: index for index, part in enumerate(PARTS)}
     return [
         PrecisionRecord(part=part, kind=kind, dtype=dtype, count=count)

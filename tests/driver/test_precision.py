@@ -112,3 +112,19 @@ def test_the_plain_reference_policy_computes_in_float32_everywhere(tiny_model: P
         "norm",
         "RoPE",
     }
+
+
+@pytest.mark.parametrize("operator", ["Tanh", "Neg"])
+def test_a_graph_of_other_operators_has_the_limit_of_their_type(tmp_path: Path, operator: str) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["narrow"], to=TensorProto.FLOAT16),
+        helper.make_node(operator, ["narrow"], ["bent"]),
+        helper.make_node("Cast", ["bent"], ["y"], to=TensorProto.FLOAT),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "bent", values[:1], values[1:])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    records = precision_of(load(path).graph)
+    assert [(record.kind, record.dtype, record.count) for record in records] == [("other", "float16", 1)]
+    assert default_limit(records) == LIMITS["float16"]
