@@ -205,6 +205,8 @@ def takes(node: gs.Node, dtype: Any, opset: int) -> bool:
         return True
     if node.op in _FLOAT32_INSIDE:
         return bool(to_numpy(dtype) == FLOAT32)
+    if node.op == "LayerNormalization" and any(tensor.name for tensor in node.outputs[1:]):
+        return False  # the type of its statistics is that of `stash_type`
     allowed = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
     wanted = f"tensor({to_numpy(dtype)})"
     fixed = FIXED_INPUTS.get(node.op, ())

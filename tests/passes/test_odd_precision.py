@@ -222,3 +222,15 @@ def test_functions_of_the_model(body: str, type_: str) -> None:
     assert name_of(node_of(model, "called").outputs[0].dtype) == type_
     assert problems(model) == []
     assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) <= 2e-3
+
+
+def test_statistics_of_a_norm_keep_the_type_that_it_states() -> None:
+    proto = graph_text(
+        "g (float[2,8] x) => (float[2,8] y, float[2,1] m) { y, m = LayerNormalization(x, w) }",
+        {"w": normal(1, 8)},
+    )
+    model = editable(proto)
+    inputs = {"x": normal(2, 2, 8)}
+    run_passes(model, "lower_precision{to=bfloat16}", [inputs])
+    assert problems(model) == []
+    assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) <= 2e-2
