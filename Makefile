@@ -55,7 +55,8 @@ python = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2
 
 TESTING := pytest pytest-xdist hypothesis
 VERSION_TESTS := tests/graph tests/cases tests/backend tests/passes/test_golden.py tests/passes/test_refusals.py \
-	tests/passes/test_pipeline.py $(patsubst %,tests/driver/test_%.py,cli compile failures lerobot report polygraphy)
+	tests/passes/test_pipeline.py tests/passes/test_onnx_corpus.py \
+	$(patsubst %,tests/driver/test_%.py,cli compile failures lerobot report polygraphy)
 
 FORCE:
 

@@ -56,20 +56,24 @@ def exact_passes_keep_outputs(graph: Generated) -> None:
 def is_valid_after(pipeline: str, graph: Generated) -> None:
     """The graph is valid and runs, finite where it was; none is refused."""
     model = editable(graph.proto)
-    samples = Samples.of([graph.inputs])
-    steps = parse(pipeline, PRESETS)
-    ranges: Ranges | None = None
-    for index, step in enumerate(steps):
-        if step.spec.ranges is not None and ranges is None:
-            only = samples.only(tensor.name for tensor in model.graph.inputs)
-            needed = wanted(model, steps[index:])
-            ranges = measure_ranges(model, needed.tensors, only, rows=needed.rows, threads=1)
-        run(model, [step], calibrate=lambda *_, known=ranges: known)
+    run_measured(model, pipeline, Samples.of([graph.inputs]))
     assert problems(model) == []
     outputs = outputs_of(model, graph.inputs)
     for name, values in outputs_of(graph.proto, graph.inputs).items():
         if np.isfinite(values.astype(np.float64)).all():
             assert np.isfinite(outputs[name].astype(np.float64)).all(), f"{name} is not finite"
+
+
+def run_measured(model: Model, pipeline: str, samples: Samples) -> None:
+    """Run a pipeline, with the ranges that its passes ask for where there are samples."""
+    steps = parse(pipeline, PRESETS)
+    ranges: Ranges | None = None
+    for index, step in enumerate(steps):
+        if step.spec.ranges is not None and ranges is None and samples:
+            only = samples.only(tensor.name for tensor in model.graph.inputs)
+            needed = wanted(model, steps[index:])
+            ranges = measure_ranges(model, needed.tensors, only, rows=needed.rows, threads=1)
+        run(model, [step], calibrate=lambda *_, known=ranges: known)
 
 
 def twice_is_once(pipeline: str, graph: Generated) -> None:
@@ -108,4 +112,10 @@ def nodes_of(found: Any) -> Iterator[gs.Node]:
             yield from nodes_of(getattr(found, part.name))
 
 
-__all__ = ["exact_passes_keep_outputs", "finders_claim_once", "is_valid_after", "twice_is_once"]
+__all__ = [
+    "exact_passes_keep_outputs",
+    "finders_claim_once",
+    "is_valid_after",
+    "run_measured",
+    "twice_is_once",
+]
