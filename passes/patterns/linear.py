@@ -107,8 +107,12 @@ def weight_obstacle(weight: gs.Constant, path: Sequence[gs.Node], outputs: Colle
     """
     if any(node.op not in _STORAGE for node in path):
         return f"the weight {weight.name!r} is quantized"
-    if any(id(tensor) in outputs for tensor in (weight, *(node.outputs[0] for node in path))):
-        return f"the weight {weight.name!r} is an output of the graph"
+    stack: list[gs.Tensor] = [weight]
+    while stack:
+        tensor = stack.pop()
+        if id(tensor) in outputs:
+            return f"the weight {weight.name!r} is an output of the graph"
+        stack += [node.outputs[0] for node in tensor.outputs if node.op in _STORAGE]
     return ""
 
 

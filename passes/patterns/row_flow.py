@@ -208,6 +208,8 @@ def _reshape(node: gs.Node, outputs: Sequence[Need]) -> Flow | None:
     if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:]):
         return None
     inner, outer = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    if math.prod(inner) != math.prod(outer):
+        return None  # one of the shapes that the file states is wrong
     read: list[Axis] = [None] * len(inner)
     made: list[Axis] = [None] * len(outer)
     for left, right in groups(inner, outer):

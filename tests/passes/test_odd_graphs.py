@@ -745,3 +745,41 @@ def test_a_scale_that_adds_an_axis_is_none_of_attention() -> None:
     )
     assert result.changes == ()
     assert problems(after) == []
+
+
+@pytest.mark.parametrize("name", ["fold_scales", "fold_norms"])
+def test_a_weight_that_is_returned_in_another_form_stays(name: str) -> None:
+    proto = graph_text(
+        """
+        g (float[2,8] x) => (float[2,8] y, float[8,8] turned) {
+          normed = LayerNormalization(x, gain)
+          made = MatMul(normed, w)
+          scaled = Mul(made, c)
+          y = Tanh(scaled)
+          turned = Transpose<perm=[1,0]>(w)
+        }""",
+        {"w": normal(1, 8, 8), "gain": normal(2, 8), "c": np.float32(0.25)},
+    )
+    after = editable(proto)
+    run_pass(after, name)
+    inputs = seeded_inputs(proto, 3)
+    assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6
+
+
+def test_a_shape_that_the_file_states_wrongly_is_not_relied_on() -> None:
+    """Onnx's checker does not see it in a body, to which it does not take constants from outside."""
+    proto = graph_text(
+        """
+        g (float[2,3,4] x, bool c) => (float[r,4] y) {
+          made = MatMul(x, w)
+          y = If(c)<
+            then_branch = yes () => (float[7,4] a) { a = Reshape(made, size) },
+            else_branch = no () => (float[7,4] b) { b = Reshape(x, size) }
+          >
+        }""",
+        {"w": normal(1, 4, 4), "size": np.array([6, 4])},
+    )
+    after = editable(proto)
+    run_pass(after, "drop_dead_prefix")
+    inputs = seeded_inputs(proto)
+    assert relative_error(outputs_of(after, inputs), outputs_of(proto, inputs)) <= 1e-6
