@@ -66,6 +66,8 @@ def drop_parts(form: LoopForm, dropped: Collection[int], collected: Sequence[Col
     ):
         if form.node.op == "Scan" and key in form.node.attrs:
             form.node.attrs[key] = values
+            if not values:  # an empty list has no type
+                del form.node.attrs[key]
 
 
 def drop_unchanged(form: LoopForm, editor: Editor, body_editor: Editor) -> None:

@@ -107,6 +107,17 @@ CASES = [
     ),
     Odd(
         "drop_dead_prefix",
+        "a Scan of which nothing that it stacks is read",
+        """(float[3,4] x, float[4] start) => (float[4] y) {
+          y, rows = Scan<num_scan_inputs=1, scan_output_axes=[0], scan_output_directions=[1], body = step
+            (float[4] s, float[4] row) => (float[4] added, float[4] square) {
+              added = Add(s, row)
+              square = Mul(row, row)
+            }>(start, x)
+        }""",
+    ),
+    Odd(
+        "drop_dead_prefix",
         "a softmax over the queries",
         attention("Add(logits, mask)", axis=2),
         {"mask": np.array([0, 0, 0, 0, LOW], np.float32)},
