@@ -188,6 +188,7 @@ class _Lowering:
         scope.graph.node.extend(scope.nodes)
 
     def _lower_node(self, scope: _Scope, node: onnx.NodeProto) -> None:
+        self._omit_default_type(scope, node)
         casts = []
         for index, name in enumerate(node.input):
             if name and self._lacks(node, scope.type_of(name)):
@@ -203,6 +204,17 @@ class _Lowering:
                     if attribute.name in _TYPE_ATTRIBUTES and attribute.i == dtype:
                         attribute.i = TensorProto.FLOAT
         scope.nodes += [node, *casts]
+
+    def _omit_default_type(self, scope: _Scope, node: onnx.NodeProto) -> None:
+        """Say no type of a DequantizeLinear where it is that of its scale.
+
+        onnxruntime 1.32 cannot load one of float16 that says so and whose result nothing reads.
+        """
+        if node.op_type == "DequantizeLinear":
+            for attribute in list(node.attribute):
+                if attribute.name == "output_dtype" and attribute.i == scope.type_of(node.input[1]):
+                    node.attribute.remove(attribute)
+                    self.result.changed = True
 
     def _widen_sequences(self) -> None:
         """Let sequences hold float32: what makes and reads one is widened like any other operator."""

@@ -401,6 +401,24 @@ def test_scattered_float16_is_added(tmp_path: Path) -> None:
     assert load_runner(path).run(inputs)["y"].tolist() == [1, 6.5, 3]
 
 
+def test_a_dequantizer_that_nothing_reads_may_say_its_type(tmp_path: Path) -> None:
+    """onnxruntime 1.32 cannot load it."""
+    path = write_model(
+        tmp_path / "m.onnx",
+        [
+            node("Cast", ["scale"], ["wide"], to=TensorProto.FLOAT),
+            node("QuantizeLinear", ["x", "wide", "zero"], ["q"]),
+            node("DequantizeLinear", ["q", "scale", "zero"], ["unread"], output_dtype=TensorProto.FLOAT16),
+            node("Neg", ["x"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, [2])],
+        [("y", TensorProto.FLOAT, [2])],
+        {"scale": np.array(0.5, FLOAT16), "zero": np.array(0, np.int8)},
+        opset=23,
+    )
+    assert load_runner(path).run({"x": np.float32([1, -2])})["y"].tolist() == [-1, 2]
+
+
 def test_a_scan_gives_what_its_body_hands_on(tmp_path: Path) -> None:
     """onnxruntime 1.32 gives memory that nobody wrote where the body returns an input of its own."""
     state, row = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("s", "row"))
