@@ -407,7 +407,8 @@ def test_a_dequantizer_that_nothing_reads_may_say_its_type(tmp_path: Path) -> No
         tmp_path / "m.onnx",
         [
             node("Cast", ["scale"], ["wide"], to=TensorProto.FLOAT),
-            node("QuantizeLinear", ["x", "wide", "zero"], ["q"]),
+            node("Div", ["x", "wide"], ["ratio"]),
+            node("Cast", ["ratio"], ["q"], to=TensorProto.INT8),
             node("DequantizeLinear", ["q", "scale", "zero"], ["unread"], output_dtype=TensorProto.FLOAT16),
             node("Neg", ["x"], ["y"]),
         ],
