@@ -16,7 +16,7 @@ from pi05c.graph.ranges import Ranges, bounding_tensors
 from pi05c.graph.scopes import nodes_of
 from pi05c.graph.weights import array_of
 from pi05c.passes.contract import PassContext, graph_pass
-from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, scalar
+from pi05c.passes.patterns.walk import MOVING, QDQ, constant, each_node, made_by, scalar
 from pi05c.passes.retype import CONTROL_FLOW, Retyper, others_than, remove_redundant_casts, states_type, takes
 
 SMALLEST_NORMAL = {FLOAT16: 2.0**-14, BFLOAT16: 2.0**-126}
@@ -83,8 +83,11 @@ def _is_sequence(tensor: gs.Tensor) -> bool:
 
 
 def _is_bounded(tensor: gs.Tensor) -> bool:
-    """Whether the range of a tensor follows from that of others that are measured, of constants, or from its operator."""
-    sources = bounding_tensors(tensor)
+    """Whether the range of a tensor follows from that of others that are measured, of constants, or from its operator.
+
+    That of a Sigmoid is measured: a map of probabilities that are all close to zero is not one that 16 bits hold.
+    """
+    sources = None if made_by(tensor, "Sigmoid", through=()) else bounding_tensors(tensor)
     return sources is not None and all(
         isinstance(source, gs.Constant) or to_numpy(source.dtype) == FLOAT32 for source in sources
     )

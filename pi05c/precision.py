@@ -31,6 +31,8 @@ LIMITS = {
     "float32": 1e-5,
     "float16": 0.005,
     "bfloat16": 0.02,
+    "int8": 0.08,
+    "uint8": 0.08,
     "float8e4m3fn": 0.08,
     "float4e2m1": 0.1,
 }
@@ -38,7 +40,8 @@ LIMITS = {
 
 Exact rewrites measure 1e-6 and float16 0.0003 to 0.001 on small models; bfloat16 keeps 8 significant bits where
 float16 keeps 11. FP8 lies between a published FP8 deployment (cosine 0.9995, an error of 0.032) and the FP8 and NVFP4
-recipe whose cosine of 0.9946 (0.104) went with a fall from 92% to 80% task success.
+recipe whose cosine of 0.9946 (0.104) went with a fall from 92% to 80% task success. INT8 that a graph brings is given as
+much: rounding in float16 before it turns codes into their neighbours (0.03 on a small ResNet of random weights).
 """
 
 _NARROW = {"float16", "bfloat16"}
