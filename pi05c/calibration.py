@@ -23,7 +23,7 @@ import numpy as np
 
 from pi05c.executors import run_tasks
 from pi05c.graph.dtypes import BFLOAT16
-from pi05c.graph.errors import MachineError, Pi05cError, unwritable
+from pi05c.graph.errors import MachineError, Pi05cError, unreadable, unwritable
 from pi05c.graph.files import read_text, replacing, write_text
 from pi05c.graph.io import Model, location_of, to_proto
 from pi05c.graph.io import tensors as stored_tensors
@@ -277,7 +277,7 @@ def cached_ranges(
     asked = _Asked.of(tensors, rows, quantized, method)
     path = (cache_dir or default_cache_dir()) / "ranges" / f"{_key(graph_hash, asked, samples)}.json"
     with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Pi05cError
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, Pi05cError
     ):
         ranges = _read(path)
         if not fresh and _answers(ranges, graph_hash, [*asked.tensors, *asked.rows], samples):
@@ -342,7 +342,9 @@ def read_ranges(path: Path) -> MeasuredRanges:
     """
     try:
         return _read(path)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise Pi05cError(f"{error.filename or path} cannot be read: {unreadable(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Pi05cError(f"{path} holds no ranges that this version reads: measure them again") from error
 
 
@@ -453,6 +455,11 @@ def _from_json(record: Mapping[str, Any], rows: Path) -> MeasuredRanges:
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']}")
     pairs = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
+    thresholds = {str(name): float(value) for name, value in record["thresholds"].items()}
+    if not all(low <= high for low, high in pairs.values()):
+        raise ValueError("a range has no width")
+    if not all(0 <= value < math.inf for value in thresholds.values()):
+        raise ValueError("a threshold is none")
     return MeasuredRanges(
         {name: low for name, (low, _) in pairs.items()},
         {name: high for name, (_, high) in pairs.items()},
@@ -462,7 +469,7 @@ def _from_json(record: Mapping[str, Any], rows: Path) -> MeasuredRanges:
             str(name): Stored(rows, int(place["offset"]), place["shape"], BFLOAT16, str(place["sha256"]))
             for name, place in record["rows"].items()
         },
-        {str(name): float(value) for name, value in record["thresholds"].items()},
+        thresholds,
         {str(name): str(reason) for name, reason in record["left_out"].items()},
         str(record["graph"]),
         str(record["data"]),

@@ -122,7 +122,15 @@ def _read(place: Path) -> Finished | None:
 
 
 def _whole(place: Path, finished: Finished) -> bool:
-    """Whether the files are there, in their sizes."""
+    """Whether the files are there, in their sizes, and among them all that is said to be finished."""
+    needed = [inside(record.place, GRAPH) for record in finished.rewritten]
+    if (manifest := finished.manifest) is not None:
+        needed += [SAMPLES] if manifest.verification is not None else []
+        needed += [inside(place, manifest.engine_of(place).product) for place in finished.built]
+        if [place for place in manifest.places if manifest.engine_of(place).file] != finished.built:
+            return False
+    if not finished.rewritten or not set(needed) <= finished.files.keys():
+        return False
     try:
         return all((place / name).stat().st_size == size for name, size in finished.files.items())
     except OSError:

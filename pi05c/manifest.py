@@ -303,7 +303,7 @@ class VerificationRecord(_Record):
 
     limit: Number
     passed: bool
-    errors: list[ErrorRecord]
+    errors: list[ErrorRecord] = Field(min_length=1)
     drift: list[DriftRecord] = Field(default_factory=list)
     layers: list[LayerErrorRecord] = Field(default_factory=list)
     layer_samples: int = 0

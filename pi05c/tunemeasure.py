@@ -43,6 +43,10 @@ STAGE = "stage.onnx"
 """The graph that all choices start from."""
 
 
+_MOST = 2.0**63
+"""What is beyond it is no number of bytes, and no number of seconds."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One choice on some samples.
@@ -101,14 +105,26 @@ class Measured:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Measured:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, OverflowError: it is no such record.
+        """
+        found = cls(
             tuple(map(float, record["errors"])),
             tuple(map(float, record["cosines"])),
             int(record["stored"]),
             int(record["read"]),
             {str(name): float(value) for name, value in record["floors"].items()},
         )
+        costs = (found.stored, found.read, *found.floors.values())
+        if not (
+            len(found.errors) == len(found.cosines) > 0
+            and all(error >= 0 for error in found.errors)
+            and all(0 <= cost < _MOST for cost in costs)
+        ):
+            raise ValueError("these are no results of a measurement")
+        return found
 
 
 def write_sample(folder: Path, index: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
@@ -171,7 +187,7 @@ class Store:
         try:
             records = json.loads(read_text(path))["measurements"]
             self._found = {key: Measured.from_json(record) for key, record in records.items()}
-        except (Pi05cError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (Pi05cError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             pass
 
     def get(self, task: Task, samples: Sequence[str]) -> Measured | None:

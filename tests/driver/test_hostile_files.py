@@ -24,9 +24,11 @@ from command_line import Command
 from small_folder import write_engine
 from small_policy import policy, wrecking_pass, write_policy, write_samples
 
+from pi05c.calibration import FORMAT, read_ranges
 from pi05c.graph import npz
 from pi05c.graph.errors import Pi05cError
 from pi05c.graph.npz import read_npz
+from pi05c.tunemeasure import Store
 
 __all__ = ["policy", "wrecking_pass"]
 
@@ -342,6 +344,43 @@ def test_text_that_is_none(pi05c: Command, policy: Path, tmp_path: Path) -> None
                 kind,
             )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("samples",), math.inf), (("ranges", "x", 0), math.nan), (("ranges", "x", 0), 9e9), (("ranges", "x"), [1]),
+        (("thresholds",), {"x": math.nan}), (("thresholds",), {"x": math.inf}), (("thresholds",), {"x": -1}),
+        (("rows",), {"x": {"offset": -1, "shape": [2**62], "sha256": ""}}),
+    ],
+)  # fmt: skip
+def test_ranges_that_are_none(tmp_path: Path, place: tuple[Any, ...], value: Any) -> None:
+    record: dict[str, Any] = {"format": FORMAT, "graph": "", "data": "", "source": "", "synthetic": False}
+    record |= {"samples": 1, "ranges": {"x": [0, 1]}, "thresholds": {}, "left_out": {}, "rows": {}}
+    path = tmp_path / "ranges.json"
+    path.write_text(json.dumps(record))
+    assert read_ranges(path).high == {"x": 1}
+    at = record
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(Pi05cError, match=r"ranges\.json|rows"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"errors": [math.nan]}, {"errors": []}, {"errors": [-1]}, {"stored": math.inf}, {"read": -1},
+        {"floors": {"h100": math.nan}}, {"floors": {"h100": 1e308}}, {"floors": 3}, {"cosines": [1, 1]},
+    ],
+)  # fmt: skip
+def test_measurements_that_are_none_are_made_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    good = {"errors": [0.1], "cosines": [1], "stored": 1, "read": 1, "floors": {"h100": 1}}
+    for record, known in ((good, True), (good | changes, False)):
+        (tmp_path / "r.json").write_text(json.dumps({"measurements": {"key": record}}))
+        assert bool(Store(tmp_path / "r.json", ())._found) == known
 
 
 def test_messages_are_cut(pi05c: Command, policy: Path, tmp_path: Path) -> None:

@@ -120,7 +120,10 @@ def test_other_content_starts_from_the_beginning(
     assert not (tmp_path / "engine.unfinished").exists()
 
 
-@pytest.mark.parametrize("damage", ["a file is short", "a file is missing", "no JSON", "other JSON"])
+@pytest.mark.parametrize(
+    "damage",
+    ["a file is short", "a file is missing", "no JSON", "other JSON", "no files", "a plan", "elsewhere"],
+)
 def test_what_is_damaged_is_not_taken_over(
     policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -131,10 +134,20 @@ def test_what_is_damaged_is_not_taken_over(
         os.truncate(data, 4)
     elif damage == "a file is missing":
         data.unlink()
-    else:
+    elif damage in ("no JSON", "other JSON"):
         record.write_text("{" if damage == "no JSON" else json.dumps({"key": 1}))
+    else:
+        said = json.loads(record.read_text())
+        if damage == "no files":
+            said["files"] = {}
+        elif damage == "a plan":
+            said["manifest"]["engine"]["file"] = PLAN
+        else:
+            said["files"]["../policy/model.onnx"] = policy.stat().st_size
+        record.write_text(json.dumps(said))
     assert compiled(policy, output).taken == ""
     check_files(output, read_manifest(output))
+    assert policy.is_file()
 
 
 def test_an_unfinished_folder_that_is_not_pi05cs_stays(
