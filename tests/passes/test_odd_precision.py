@@ -19,10 +19,12 @@ from pass_graphs import (
     run_passes,
 )
 
+from pi05c.calibration import measure_ranges
 from pi05c.graph.check import problems
 from pi05c.graph.dtypes import name_of
 from pi05c.graph.io import Model
 from pi05c.passes.patterns.loops import each_loop
+from pi05c.samples import Samples
 
 AXIS = {"axis": np.array([1])}
 
@@ -234,3 +236,19 @@ def test_statistics_of_a_norm_keep_the_type_that_it_states() -> None:
     run_passes(model, "lower_precision{to=bfloat16}", [inputs])
     assert problems(model) == []
     assert relative_error(outputs_of(model, inputs), outputs_of(proto, inputs)) <= 2e-2
+
+
+def test_ranges_where_a_dequantizer_states_the_type_of_its_scale() -> None:
+    """onnxruntime 1.32 refuses what it makes of one in float16 that nothing reads."""
+    proto = graph_text(
+        """
+        g (float16[4] x) => (float16[4] y) {
+          codes = QuantizeLinear(x, scale, zero)
+          y = DequantizeLinear<output_dtype=10>(codes, scale, zero)
+        }""",
+        {"scale": np.float16(0.5), "zero": np.int8(0)},
+        opset=23,
+    )
+    samples = Samples.of([{"x": np.array([1, -2, 3, 4], np.float16)}])
+    ranges = measure_ranges(editable(proto), ["x"], samples, threads=1)
+    assert (ranges.low["x"], ranges.high["x"]) == (-2, 4)
