@@ -66,13 +66,13 @@ versions: $(VERSIONS:%=.venv-%/.done)
 		.venv-$$version/bin/python -m pytest -n 2 --dist worksteal $(VERSION_TESTS) || exit 1; \
 	done
 
-# Graphs of others (docs/real-graphs.md), which it compiles anew: ten minutes, with packages that only this needs.
+# Graphs of others (docs/real-graphs.md), which it compiles anew: fifteen minutes, with packages that only this needs.
 REAL := .venv-real
 
 $(REAL)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(REAL)
 	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,rtx]' \
-		transformers silero-vad magika rapidocr-onnxruntime
+		transformers silero-vad magika rapidocr-onnxruntime skl2onnx onnxconverter-common
 	touch $@
 
 real-graphs: $(REAL)/.done
