@@ -230,14 +230,15 @@ class _Lowering:
                         attribute.i = TensorProto.FLOAT
 
     def _shield_captured_casts(self) -> None:
-        """Put an Identity behind each Cast to float16 that a body reads.
+        """Put an Identity behind each Cast to float16, and each Cast of a Cast, that a body reads.
 
-        onnxruntime 1.32 removes float16 -> float32 -> float16 where nothing of the same graph reads the result, what it
-        drops in between included, and the body then misses an input. `KEPT` keeps it from dropping the Identity.
+        onnxruntime 1.32 removes float16 -> float32 -> float16, and float32 -> float64 -> float32, where nothing of the
+        same graph reads the result, what it drops in between included, and the body then misses an input. `KEPT` keeps
+        it from dropping the Identity.
         """
         for graph in graphs_in(self.result.model.graph):
             captured = {name for node in graph.node for body in bodies_of(node) for name in _read_in(body)}
-            nodes = []
+            nodes, cast = [], set[str]()
             for node in graph.node:
                 nodes.append(node)
                 to = (
@@ -245,7 +246,10 @@ class _Lowering:
                     if node.op_type == "Cast"
                     else None
                 )
-                if to == TensorProto.FLOAT16 and node.output[0] in captured:
+                again = to is not None and node.input[0] in cast
+                if to is not None:
+                    cast.add(node.output[0])
+                if (to == TensorProto.FLOAT16 or again) and node.output[0] in captured:
                     shielded = node.output[0]
                     node.output[0] = self._new_name(shielded)
                     nodes.append(onnx.helper.make_node("Identity", node.output, [shielded]))

@@ -359,6 +359,23 @@ def test_a_body_reads_what_only_casts_stand_before(tmp_path: Path) -> None:
     assert outputs["y"].tolist() == [1, -2]
 
 
+def test_a_body_reads_what_casts_to_float64_stand_before(tmp_path: Path) -> None:
+    """onnxruntime 1.32 takes away float32 -> float64 -> float32 where nothing of the same graph reads the result."""
+    result = helper.make_tensor_value_info("b", TensorProto.FLOAT, [2])
+    bodies = [
+        helper.make_graph([helper.make_node(op, ["h"], ["b"])], op, [], [result]) for op in ("Neg", "Relu")
+    ]
+    nodes = [
+        node("Cast", ["x"], ["wide"], to=TensorProto.DOUBLE),
+        node("Cast", ["wide"], ["h"], to=TensorProto.FLOAT),
+        node("If", ["c"], ["y"], then_branch=bodies[0], else_branch=bodies[1]),
+    ]
+    inputs = [("x", TensorProto.FLOAT, [2]), ("c", TensorProto.BOOL, [])]
+    path = write_model(tmp_path / "m.onnx", nodes, inputs, [("y", TensorProto.FLOAT, [2])])
+    outputs = load_runner(path).run({"x": np.array([-1, 2], np.float32), "c": np.array(True)})
+    assert outputs["y"].tolist() == [1, -2]
+
+
 def test_an_output_between_a_transpose_and_a_product(tmp_path: Path) -> None:
     """Before 1.31 onnxruntime loses it when it fuses the Transpose."""
     weight = random((4, 3), FLOAT16, 1)
