@@ -110,9 +110,10 @@ def lower_precision(
     be subnormal. So does one that reads a value of unknown range from a node that stays, a quantizer, with its
     MatMul, whose scale 16 bits would round too far, an operator that has no such type or states another, and one
     that compares or rounds whole numbers which 16 bits do not hold. Where a constant that keeps a number away from
-    zero would become zero itself, as 1e-12 in float16, everything stays up to the division or logarithm. Without
-    ranges only constants guard. Constants are not rewritten: each gets a Cast behind it, so that `pin_fp32` finds the original
-    value; `canonicalize` bakes the casts that are left. Values carried by Loop, Scan and If keep their type.
+    zero would become zero itself, as 1e-12 in float16, everything stays up to the division or logarithm.
+    Without ranges only constants guard. Constants are not rewritten: each gets a Cast behind it, so that
+    `pin_fp32` finds the original value; `canonicalize` bakes the casts that are left. Values carried by Loop,
+    Scan and If keep their type.
     """
     dtype = FLOAT16 if to == "float16" else BFLOAT16
     ranges = ctx.ranges or Ranges({}, {})
