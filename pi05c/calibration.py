@@ -349,11 +349,15 @@ def read_ranges(path: Path) -> MeasuredRanges:
 
 
 def default_cache_dir() -> Path:
-    """`$PI05C_CACHE`, else `pi05c` in `$XDG_CACHE_HOME`, else `~/.cache/pi05c`."""
+    """`$PI05C_CACHE`, else `pi05c` in `$XDG_CACHE_HOME`, else `~/.cache/pi05c`; where there is no home, a place that is none."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pi05c"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pi05c"
+    try:
+        return Path.home() / ".cache" / "pi05c"
+    except RuntimeError:  # as in a container for a user that it does not know
+        return Path(os.devnull) / "pi05c"
 
 
 def graph_sha256(model: Model) -> str:

@@ -513,3 +513,20 @@ def test_a_folder_whose_name_is_no_text(pi05c: Command, tmp_path: Path) -> None:
     linked = tmp_path / "link" / "model.onnx"
     result = pi05c(linked, "--passes", "none", "-o", tmp_path / "engine", "--backend", "onnxruntime")
     assert result.status == 0, result.err
+
+
+def test_without_a_home_nothing_is_kept(
+    pi05c: Command, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container for a user that it does not know."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PI05C_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    words = (policy, "--passes", "fp16", "-o", tmp_path / "engine", "--backend", "onnxruntime")
+    for _ in range(2):
+        result = pi05c(*words)
+        assert (result.status, result.err) == (0, "")
