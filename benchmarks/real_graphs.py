@@ -208,7 +208,9 @@ def traced(
     return write
 
 
-def quantized(write: Callable[[Path], None], *, static: bool) -> Callable[[Path], None]:
+def quantized(
+    write: Callable[[Path], None], *, static: bool, symmetric: bool = False
+) -> Callable[[Path], None]:
     """A writer of what onnxruntime makes of a model: Q/DQ with INT8 and measured scales, or integer products."""
 
     def write_quantized(path: Path) -> None:
@@ -234,7 +236,8 @@ def quantized(write: Callable[[Path], None], *, static: bool) -> Callable[[Path]
                 return next(self.rows, None)
 
         if static:
-            quantize_static(plain, path, Reader(), quant_format=QuantFormat.QDQ)
+            chosen = {"ActivationSymmetric": symmetric}
+            quantize_static(plain, path, Reader(), quant_format=QuantFormat.QDQ, extra_options=chosen)
         else:
             quantize_dynamic(plain, path)
 
@@ -472,6 +475,12 @@ def cases() -> Iterator[Case]:
     )
     plain = exported(lambda: _First(t.ResNetModel(t.ResNetConfig(**resnet))), image)
     yield Case("ResNet in INT8", "onnxruntime, static Q/DQ", quantized(plain, static=True), {})
+    yield Case(
+        "ResNet in INT8, zero points 0",
+        "onnxruntime, static Q/DQ",
+        quantized(plain, static=True, symmetric=True),
+        {},
+    )
     yield Case("BERT in INT8", "onnxruntime, dynamic", quantized(exported(bert, tokens), static=False), {})
     yield Case("MLP of functions", "onnxscript", with_functions, {})
 
