@@ -190,7 +190,6 @@ class _Lowering:
     def _lower_node(self, scope: _Scope, node: onnx.NodeProto) -> None:
         self._omit_default_type(scope, node)
         casts = []
-        _drop_stated_type(node, scope)
         for index, name in enumerate(node.input):
             if name and self._lacks(node, scope.type_of(name)):
                 node.input[index] = self._widen(scope, name)
@@ -300,21 +299,6 @@ class _Lowering:
             new += "_"
         self.names.add(new)
         return new
-
-
-def _drop_stated_type(node: onnx.NodeProto, scope: _Scope) -> None:
-    """Let a DequantizeLinear not say that it makes the type of its scale, as it does anyway.
-
-    onnxruntime 1.32 holds to that where it computes a chain of float16 in float32, and refuses its own graph.
-    """
-    if node.op_type == "DequantizeLinear":
-        kept = [
-            attribute
-            for attribute in node.attribute
-            if attribute.name != "output_dtype" or attribute.i != scope.type_of(node.input[1])
-        ]
-        del node.attribute[:]
-        node.attribute.extend(kept)
 
 
 def _read_in(body: onnx.GraphProto) -> Iterator[str]:
