@@ -377,7 +377,7 @@ def test_data_loader_of_a_specialized_stage_gives_what_fits(
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("samples.txt", "must end in .py"), ("nowhere/samples.py", "cannot be written: no such file")],
+    [("samples.txt", "must end in .py"), ("nowhere/samples.py", "does not exist; create it first")],
 )
 def test_data_loader_names_what_is_wrong_with_its_file(
     pi05c: Command, policy: Path, tmp_path: Path, name: str, sentence: str
