@@ -81,7 +81,8 @@ real-graphs: $(REAL)/.done
 # Twenty times as many generated graphs as in `make test`, other ones each time; then ten minutes of bytes that look for
 # a way through the loader. Atheris has wheels for Python 3.11 and later on Linux.
 fuzz: $(VENV)/.fuzz
-	PI05C_FUZZ=20 $(BIN)/python -m pytest -n 2 tests/passes/test_generated.py tests/graph/test_generated_files.py tests/driver/test_spoiled.py
+	PI05C_FUZZ=20 $(BIN)/python -m pytest -n 2 tests/passes/test_generated.py tests/passes/test_mutated.py \
+		tests/graph/test_generated_files.py tests/driver/test_spoiled.py
 	$(BIN)/python tests/fuzz/loader.py build/fuzz -max_total_time=600 -rss_limit_mb=4096
 
 $(VENV)/.fuzz: constraints.txt $(VENV)/.test

@@ -30,7 +30,7 @@ def test_twice_is_once(pipeline: str, graph: Generated) -> None:
     properties.twice_is_once(pipeline, graph)
 
 
-@examples(250)
+@examples(500)
 @given(generated())
 def test_finders_claim_no_node_twice(graph: Generated) -> None:
     properties.finders_claim_once(graph)

@@ -29,7 +29,7 @@ INVALID = (
 )
 
 
-@examples(100)
+@examples(300)
 @given(st.randoms(use_true_random=False))
 def test_exact_passes_keep_numbers(rng: random.Random) -> None:
     case = rng.choice(EXACT)
