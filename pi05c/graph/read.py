@@ -151,7 +151,9 @@ def _inside(name: str, location: str, base: Path | None) -> Path:
             )
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Pi05cError(f"the external data {path} of initializer {name} does not exist") from error
+        raise Pi05cError(
+            f"the external data {path} of initializer {name} does not exist: move a model together with its data"
+        ) from error
     except (OSError, RuntimeError) as error:
         reason = unreadable(error) if isinstance(error, OSError) else str(error)
         raise Pi05cError(
