@@ -37,7 +37,8 @@ def fuse_denoise_loop(
 
     The number of steps is a constant trip count, the static size of a scanned axis, or found by running a condition
     that depends on nothing but constants and the step. A loop whose condition or trip count only a run knows, of
-    more than `max_steps` steps, or that would make more than 200,000 nodes of the graph, is left alone.
+    more than `max_steps` steps, or that would make more than 200,000 nodes of the graph or copy more than 256 loops
+    inside it, is left alone.
 
     Values of the body fall into three kinds. What is the same in every step is computed once, in front. What depends
     on constants and the step alone (counters, t, the time embedding and its MLP, the scale, shift and gate of adaRMS)

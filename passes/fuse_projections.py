@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pi05c.graph.dtypes import bits, to_numpy
+from pi05c.graph.dtypes import holds, to_numpy
 from pi05c.graph.edit import Editor, producer
 from pi05c.graph.io import scopes
 from pi05c.graph.weights import Joined, Transposed, Weight, weight_of
@@ -120,8 +120,8 @@ def _is_rounded(bias: Bias) -> bool:
 
 
 def _rounds(cast: gs.Node, read: gs.Tensor) -> bool:
-    """Whether a node between what is stored and what is read is a Cast to a type that holds less than the latter."""
-    return cast.op == "Cast" and bits(cast.attrs["to"]) < bits(read.dtype)
+    """Whether a node between what is stored and what is read is a Cast to a type that lacks values of the latter's."""
+    return cast.op == "Cast" and not holds(cast.attrs["to"], read.dtype)
 
 
 def _as_read(linear: Linear) -> Weight:

@@ -74,6 +74,12 @@ def bits(dtype: Any) -> int:
     return _PACKED_BITS.get(numpy_dtype.name, numpy_dtype.itemsize * 8)
 
 
+def holds(wide: Any, narrow: Any) -> bool:
+    """Whether every value of one type is a value of the other."""
+    to, given = to_numpy(wide), to_numpy(narrow)
+    return to is not None and given is not None and bool(np.can_cast(given, to))
+
+
 def is_float(dtype: Any) -> bool:
     """Whether it is a working precision (float16, bfloat16, float32, float64)."""
     found = to_numpy(dtype)

@@ -94,6 +94,21 @@ def repeated_heads(q: tuple[int, ...], k: tuple[int, ...], mask: tuple[int, ...]
 
 CASES = [
     Odd(
+        "fuse_projections",
+        "weights that are rounded to bfloat16 and read in float16",
+        """(float16[2,8] x) => (float16[2,8] y, float16[2,8] z) {
+          rough_a = Cast<to=16>(a)
+          rough_b = Cast<to=16>(b)
+          read_a = Cast<to=10>(rough_a)
+          read_b = Cast<to=10>(rough_b)
+          left = MatMul(x, read_a)
+          right = MatMul(x, read_b)
+          y = Tanh(left)
+          z = Tanh(right)
+        }""",
+        {"a": normal(1, 8, 8), "b": normal(2, 8, 8)},
+    ),
+    Odd(
         "drop_dead_prefix",
         "a constant mask that sets logits to 0",
         attention("Where(seen, logits, zero)"),
